@@ -1,0 +1,258 @@
+"""The verbs on this host: one operation at a time for each machine, everything found again after a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import dataclasses
+import os
+import signal as signals
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+
+from ramet import commands, guestfs, lifecycle
+from ramet.db import Database, Record
+from ramet.errors import BusyError, ExistsError, NotFoundError, SpecError
+from ramet.guest import Guest, Stream
+from ramet.host import Host
+from ramet.lifecycle import Operation
+from ramet.model import Command, Event, FileInfo, HostInfo, Machine, Port, Process, ProcessEvent, Result, Spec, Started, State
+from ramet.operations import Entry, Operations
+from ramet.paths import StateDir
+from ramet.verbs import WRITE_FLAGS
+from ramet.vm import machine as vm
+
+_LOGS = ("console", "qemu")
+
+
+class Engine:
+    """Implements `Verbs`. Use `Engine.open`."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._ops = operations
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, state: StateDir) -> AsyncIterator[Engine]:
+        """Make what should be (the database) and what is (the directories, the processes) agree, then serve. Machines stay when it closes."""
+        state.create()
+        host = Host(state)
+        await host.open()
+        async with Database.open(state.database) as database:
+            operations = Operations(state, database, host)
+            try:
+                await operations.reconcile()
+                yield cls(operations)
+            finally:
+                await operations.close()
+
+    # machines
+
+    async def info(self) -> HostInfo:
+        entries = self._ops.entries.values()
+        return await self._ops.host.info(len(entries), sum(e.record.state is State.RUNNING for e in entries))
+
+    async def create(self, spec: Spec) -> Machine:
+        if any(entry.record.name == spec.name for entry in self._ops.entries.values()):
+            raise ExistsError(
+                f"there is a machine {spec.name} already", hint=f"`ramet show {spec.name}` shows it; name the new one otherwise."
+            )
+        if len({port.guest for port in spec.ports}) < len(spec.ports):
+            raise SpecError("`ports`: a guest port is named twice")
+        record = Record(id=os.urandom(6).hex(), name=spec.name, state=State.CREATING, spec=spec, created_at=time.time())
+        entry = self._ops.add(record)
+        await self._ops.perform(entry, Operation.CREATE, self._ops.create)
+        return await self._view(entry)
+
+    async def list(self) -> builtins.list[Machine]:
+        return [await self._view(entry) for entry in builtins.list(self._ops.entries.values())]
+
+    async def get(self, name: str) -> Machine:
+        return await self._view(self._entry(name))
+
+    async def start(self, name: str) -> Machine:
+        entry = self._entry(name)
+        await self._ops.perform(entry, Operation.START, self._ops.bring_up)
+        return await self._view(entry)
+
+    async def stop(self, name: str, *, force: bool = False) -> Machine:
+        entry = self._entry(name)
+        await self._ops.perform(entry, Operation.STOP, lambda e: self._ops.take_down(e, force=force))
+        return await self._view(entry)
+
+    async def delete(self, name: str) -> None:
+        entry = self._entry(name)
+        if entry.operation is Operation.DELETE:
+            raise BusyError(f"{entry.record.name} is busy: delete")
+        await self._ops.cancel(entry)
+        await self._ops.perform(entry, Operation.DELETE, self._ops.remove)
+
+    async def logs(self, name: str, *, source: str = "console", lines: int = 200) -> bytes:
+        entry = self._entry(name)
+        if source not in _LOGS:
+            raise SpecError(f"there is no log {source!r}: write {' or '.join(_LOGS)}")
+        files = self._ops.state.machine(entry.record.id)
+        text = await asyncio.to_thread(vm.tail, files.console if source == "console" else files.qemu_log, 2 * vm.LOG_CAP)
+        return "".join(text.splitlines(keepends=True)[-lines:] if lines > 0 else []).encode()
+
+    async def metrics(self, name: str) -> dict[str, float]:
+        return await self._guest(name).metrics()
+
+    # commands
+
+    async def run(self, name: str, command: Command, stdin: bytes = b"") -> Result:
+        entry = self._running(name)
+        return await commands.run(self._guest(name), self._effective(entry, command), stdin)
+
+    async def execute(self, name: str, command: Command) -> AsyncGenerator[ProcessEvent, None]:
+        entry = self._running(name)
+        stream = self._guest(name).execute(self._effective(entry, command))
+        async with contextlib.aclosing(self._streamed(entry, stream)) as events:
+            async for event in events:
+                yield event
+
+    async def attach(self, name: str, process: int) -> AsyncGenerator[ProcessEvent, None]:
+        entry = self._running(name)
+        stream = self._guest(name).attach(process)
+        async with contextlib.aclosing(self._streamed(entry, stream)) as events:
+            async for event in events:
+                yield event
+
+    async def _streamed(self, entry: Entry, stream: Stream) -> AsyncGenerator[ProcessEvent, None]:
+        """Pass events on; meanwhile the process takes input by its number."""
+        number = 0
+        try:
+            async with contextlib.aclosing(stream.events()) as events:
+                async for event in events:
+                    if isinstance(event, Started):
+                        number = event.process
+                        entry.streams[number] = stream
+                    yield event
+        finally:
+            if entry.streams.get(number) is stream:
+                del entry.streams[number]
+
+    async def processes(self, name: str) -> builtins.list[Process]:
+        return await self._guest(name).processes()
+
+    async def send_input(self, name: str, process: int, data: bytes, *, eof: bool = False) -> None:
+        stream = self._running(name).streams.get(process)
+        if stream is None:
+            raise NotFoundError(
+                f"nobody is attached to process {process} of {name}", hint="`ramet attach` first; input goes where output is seen."
+            )
+        await stream.write(data)
+        if eof:
+            stream.eof()
+
+    async def signal(self, name: str, process: int, signal: int) -> None:
+        if signal not in signals.valid_signals():
+            raise SpecError(f"{signal} is not a signal's number")
+        await self._guest(name).signal(process, signal)
+
+    async def resize(self, name: str, process: int, rows: int, columns: int) -> None:
+        if not (0 < rows < 1 << 16 and 0 < columns < 1 << 16):
+            raise SpecError("a terminal has 1 to 65535 rows and columns")
+        await self._guest(name).resize(process, rows, columns)
+
+    async def forget(self, name: str, process: int) -> None:
+        await self._guest(name).forget_process(process)
+
+    # files
+
+    def read_file(self, name: str, path: str, *, offset: int = 0, length: int = -1, user: str = "") -> AsyncIterator[bytes]:
+        return guestfs.read(self._guest(name), path, offset, length, self._user(name, user))
+
+    async def write_file(
+        self,
+        name: str,
+        path: str,
+        data: AsyncIterable[bytes],
+        *,
+        mode: int = 0o644,
+        offset: int = 0,
+        flags: str = WRITE_FLAGS,
+        user: str = "",
+    ) -> None:
+        await guestfs.write(self._guest(name), path, data, mode=mode, offset=offset, flags=flags, user=self._user(name, user))
+
+    async def stat_file(self, name: str, path: str, *, user: str = "") -> FileInfo:
+        return await guestfs.stat(self._guest(name), path, self._user(name, user))
+
+    async def list_files(self, name: str, path: str, *, user: str = "") -> builtins.list[FileInfo]:
+        return await guestfs.entries(self._guest(name), path, self._user(name, user))
+
+    async def remove_file(self, name: str, path: str, *, recursive: bool = False, user: str = "") -> None:
+        await guestfs.remove(self._guest(name), path, recursive=recursive, user=self._user(name, user))
+
+    async def rename_file(self, name: str, path: str, target: str, *, user: str = "") -> None:
+        await guestfs.rename(self._guest(name), path, target, self._user(name, user))
+
+    async def make_dir(self, name: str, path: str, *, mode: int = 0o755, parents: bool = True, user: str = "") -> None:
+        await guestfs.make_dir(self._guest(name), path, mode=mode, parents=parents, user=self._user(name, user))
+
+    def pack(self, name: str, path: str, *, user: str = "") -> AsyncIterator[bytes]:
+        return guestfs.pack(self._guest(name), path, self._user(name, user))
+
+    async def unpack(self, name: str, path: str, data: AsyncIterable[bytes], *, owners: bool = False, user: str = "") -> None:
+        await guestfs.unpack(self._guest(name), path, data, owners=owners, user=self._user(name, user))
+
+    # ports, events
+
+    async def open_port(self, name: str, port: Port) -> Port:
+        return await self._ops.open_port(self._running(name), port)
+
+    async def close_port(self, name: str, guest: int) -> None:
+        forward = self._running(name).forwards.pop(guest, None)
+        if forward is None:
+            raise NotFoundError(f"port {guest} of {name} is not open on this host")
+        await forward.close()
+
+    def events(self, name: str = "") -> AsyncIterator[Event]:
+        return self._ops.bus.subscribe(self._entry(name).record.name if name else "")
+
+    # lookups
+
+    def _entry(self, name: str) -> Entry:
+        for entry in self._ops.entries.values():
+            if name in (entry.record.name, entry.record.id):
+                return entry
+        raise NotFoundError(f"there is no machine {name!r}", hint="`ramet list` shows the machines there are.")
+
+    def _running(self, name: str) -> Entry:
+        entry = self._entry(name)
+        lifecycle.require(entry.record.name, entry.record.state, {State.RUNNING}, "use")
+        return entry
+
+    def _guest(self, name: str) -> Guest:
+        entry = self._running(name)
+        if entry.vm is None:
+            raise BusyError(f"{name} is being found again after a restart of the daemon", hint="Try again in a moment.")
+        return entry.vm.guest
+
+    def _user(self, name: str, user: str) -> str:
+        """Files belong to the machine's user, unless another is named."""
+        entry = self._entry(name)
+        return user or entry.record.spec.user or entry.image.user
+
+    def _effective(self, entry: Entry, command: Command) -> Command:
+        if not command.argv:
+            raise SpecError("a command needs at least a program's name")
+        return commands.effective(entry.record.spec, entry.image, command)
+
+    async def _view(self, entry: Entry) -> Machine:
+        """The machine as users see it, with what it costs now."""
+        record = entry.record
+        usage = None
+        if entry.vm and not entry.vm.dead.done():
+            usage = await asyncio.to_thread(vm.measure, entry.vm.pid, entry.vm.files.disk)
+        same = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name != "initialised"}
+        return Machine(
+            **same,
+            pid=entry.vm.pid if entry.vm and not entry.vm.dead.done() else None,
+            network=self._ops.host.network.name,
+            ports=tuple(forward.port for forward in entry.forwards.values()),
+            activity=entry.activity,
+            usage=usage,
+        )

@@ -1,0 +1,310 @@
+"""Frozen records and enums that every row shares. Sizes are bytes, times seconds (wall clock: Unix time). The wire carries these same records as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class State(StrEnum):
+    """Where a machine is in its life; `lifecycle` says what may follow."""
+
+    CREATING = "creating"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    DELETING = "deleting"
+
+
+class Accelerator(StrEnum):
+    KVM = "kvm"
+    TCG = "tcg"
+
+    @property
+    def words(self) -> str:
+        """As users read it."""
+        return "KVM" if self is Accelerator.KVM else "software emulation (TCG)"
+
+
+class InitMode(StrEnum):
+    """What runs as the guest's first process: our agent, or the image's own init with the agent beside it."""
+
+    AGENT = "agent"
+    IMAGE = "image"
+
+
+def strict(kind: type[T]) -> type[T]:
+    """Where pydantic reads this record, unknown keys are errors (its `with_config`, without importing pydantic: the CLI would wait 50 ms for it)."""
+    kind.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return kind
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Port:
+    """A TCP port of the guest that is reachable on the host's loopback. host 0: any free one."""
+
+    guest: int
+    host: int = 0
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Lifecycle:
+    """Shell commands run in the guest: create once after the first boot, start after every boot."""
+
+    create: str = ""
+    start: str = ""
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a machine should be. memory and disk in bytes."""
+
+    name: str
+    image: str = "debian:bookworm"
+    cpus: int = 1
+    memory: int = 512 << 20
+    disk: int = 8 << 30
+    env: dict[str, str] = field(default_factory=dict)
+    workdir: str = ""
+    user: str = ""
+    ports: tuple[Port, ...] = ()
+    lifecycle: Lifecycle = Lifecycle()
+    init: InitMode = InitMode.AGENT
+    entrypoint: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """What an OCI image's config asks for (https://github.com/opencontainers/image-spec/blob/main/config.md)."""
+
+    env: dict[str, str] = field(default_factory=dict)
+    user: str = ""
+    workdir: str = ""
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+
+    @property
+    def service(self) -> tuple[str, ...]:
+        """The program the image exists to run, or nothing where that is only an interactive shell."""
+        argv = self.entrypoint + self.cmd
+        shells = {"sh", "bash", "ash", "dash", "zsh", "fish"}
+        return () if not argv or (len(argv) == 1 and argv[0].rpartition("/")[2] in shells) else argv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """An image as a disk. digest: `sha256:…` of what it was made from; disk_size: bytes of the ext4 file (sparse)."""
+
+    digest: str
+    reference: str
+    config: ImageConfig
+    disk_size: int
+    disk_used: int
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activity:
+    """What an operation is doing now. fraction: 0 to 1, or None where it cannot be known."""
+
+    verb: str
+    step: str
+    fraction: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a machine costs the host now. memory: PSS of QEMU; disk: allocated blocks of its own overlay; cpu: seconds used since its start."""
+
+    memory: int
+    disk: int
+    cpu: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A machine as users see it. reason: why it failed or stopped; pid: QEMU's."""
+
+    id: str
+    name: str
+    state: State
+    spec: Spec
+    created_at: float
+    image_digest: str = ""
+    reason: str = ""
+    started_at: float | None = None
+    pid: int | None = None
+    accelerator: Accelerator | None = None
+    kernel: str = ""
+    network: str = ""
+    ports: tuple[Port, ...] = ()
+    activity: Activity | None = None
+    usage: Usage | None = None
+    boot_time: float | None = None
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of a terminal, in characters."""
+
+    rows: int = 24
+    columns: int = 80
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A program to run in a guest. user and cwd default to the machine's; timeout in seconds, None: no limit.
+
+    stdin: whether the caller will send any. pty: give it a terminal of this size. detach: it outlives its caller. label: shown in lists.
+    """
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: str = ""
+    user: str = ""
+    timeout: float | None = None
+    stdin: bool = False
+    pty: Size | None = None
+    detach: bool = False
+    label: str = ""
+
+
+class Ending(StrEnum):
+    EXITED = "exited"
+    SIGNALED = "signaled"
+    TIMEOUT = "timeout"
+    DETACHED = "detached"
+
+
+class Channel(StrEnum):
+    STDOUT = "stdout"
+    STDERR = "stderr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """process: the agent's number for it; pid: in the guest."""
+
+    process: int
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    channel: Channel
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """How a process ended. code: exit status, or the signal's number."""
+
+    ending: Ending
+    code: int
+
+    @property
+    def status(self) -> int:
+        """As a shell reports it: 128 + signal; 124 for a deadline (as timeout(1))."""
+        if self.ending is Ending.TIMEOUT:
+            return 124
+        return 128 + self.code if self.ending is Ending.SIGNALED else self.code
+
+
+ProcessEvent = Started | Output | Exit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished command. duration: seconds from the request to its end, measured by the daemon. truncated: bytes of output beyond the limit that were dropped."""
+
+    ending: Ending
+    code: int
+    status: int
+    stdout: bytes
+    stderr: bytes
+    duration: float
+    truncated: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process that the agent started. state: running, exited, signaled or timeout; code as in Exit."""
+
+    id: int
+    pid: int
+    state: str
+    code: int
+    started_at: float
+    detached: bool
+    attached: bool
+    label: str
+    command: str
+
+
+class FileType(StrEnum):
+    FILE = "file"
+    DIRECTORY = "directory"
+    LINK = "link"
+    CHARACTER = "character"
+    BLOCK = "block"
+    FIFO = "fifo"
+    SOCKET = "socket"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """A file of the guest. mode: permission bits with setuid, setgid, sticky; target: of a symbolic link."""
+
+    name: str
+    type: FileType
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    modified_at: float
+    links: int
+    target: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostInfo:
+    """The host as Ramet sees it. limits: what this host cannot enforce, with the reason, for people to read."""
+
+    version: str
+    accelerator: Accelerator
+    accelerator_reason: str
+    kernel: str
+    kernel_kind: str
+    kernel_build: str
+    qemu: str
+    cpus: int
+    memory: int
+    memory_available: int
+    disk_available: int
+    machines: int
+    running: int
+    network: str
+    state_dir: str
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something happened to a machine. kind: state, activity, removed."""
+
+    at: float
+    kind: str
+    machine: str
+    state: State | None = None
+    activity: Activity | None = None
+    reason: str = ""

@@ -1,0 +1,484 @@
+"""What changes a machine's state: each operation in a task of its own that outlives its caller, every failure written where the user looks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ramet import cgroup, commands, guestfs, images, kernels, lifecycle, network, process, spec
+from ramet.bus import Bus
+from ramet.commands import Forward
+from ramet.db import Database, Record
+from ramet.errors import BusyError, HostError, MachineFailedError, RametError, SpecError, StateError
+from ramet.guest import Stream
+from ramet.host import Boot, Host
+from ramet.lifecycle import Operation
+from ramet.model import Activity, Command, Event, Image, ImageConfig, InitMode, Port, Started, State
+from ramet.paths import MachineDir, StateDir
+from ramet.vm import argv
+from ramet.vm import machine as vm
+from ramet.vm.machine import Vm
+
+log = logging.getLogger("ramet")
+
+HOOK_DEADLINE = 3600.0  # seconds for a lifecycle command: package installations are slow
+_DYING = 5.0  # seconds that a guest which lost its agent gets to end by itself (a panic, a power-off) before it counts as failed
+_ADOPTING = 5.0  # seconds that the daemon's start waits for running machines to answer; the rest is found in the background
+
+
+@dataclass(eq=False)
+class Entry:
+    """A machine in this process: its record, and what lives only as long as the daemon does."""
+
+    record: Record
+    image: ImageConfig = field(default_factory=ImageConfig)
+    vm: Vm | None = None
+    operation: Operation | None = None
+    task: asyncio.Task[None] | None = None
+    activity: Activity | None = None
+    streams: dict[int, Stream] = field(default_factory=dict)
+    forwards: dict[int, Forward] = field(default_factory=dict)
+
+
+class Operations:
+    """The machines of this host and what is being done to them."""
+
+    def __init__(self, state: StateDir, database: Database, host: Host) -> None:
+        self.state = state
+        self.host = host
+        self.bus = Bus()
+        self.entries: dict[str, Entry] = {}
+        self._db = database
+        self._background: set[asyncio.Task[None]] = set()
+
+    # the frame of every operation
+
+    def add(self, record: Record) -> Entry:
+        entry = self.entries[record.id] = Entry(record=record)
+        return entry
+
+    async def perform(self, entry: Entry, operation: Operation, work: Callable[[Entry], Awaitable[None]]) -> None:
+        """Do an operation in its own task. A caller that goes away does not end it; a delete does."""
+        if entry.operation:
+            raise BusyError(
+                f"{entry.record.name} is busy: {entry.operation}",
+                hint="Wait for it; `ramet delete` ends it.",
+                details={"operation": entry.operation},
+            )
+        during = lifecycle.begin(entry.record.name, entry.record.state, operation)
+        entry.operation = operation
+        entry.task = task = asyncio.create_task(self._perform(entry, operation, during, work))
+        task.add_done_callback(_retrieve)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise StateError(f"{operation} of {entry.record.name} was ended by a delete, or by the daemon's stop") from None
+            raise
+
+    async def _perform(self, entry: Entry, operation: Operation, during: State, work: Callable[[Entry], Awaitable[None]]) -> None:
+        try:
+            if operation is Operation.CREATE:
+                await self._db.insert(entry.record)
+                self._publish(entry)
+            else:
+                await self._set(entry, state=during, reason="")
+            await work(entry)
+            if (after := lifecycle.TABLE[operation][2]) is not None:
+                await self._set(entry, state=after)
+        except BaseException as error:
+            await self._undo(entry, operation, error)
+            raise
+        finally:
+            entry.operation = entry.activity = None
+
+    async def _undo(self, entry: Entry, operation: Operation, error: BaseException) -> None:
+        """After a failed operation: nothing half-made, and the reason where users look."""
+        reason = (
+            error.message
+            if isinstance(error, RametError)
+            else f"{operation} was interrupted"
+            if isinstance(error, asyncio.CancelledError)
+            else repr(error)
+        )
+        log.warning("%s of %s failed: %s", operation, entry.record.name, reason)
+        try:
+            if operation is not Operation.DELETE:
+                await self._end(entry)
+            if operation is Operation.CREATE and entry.record.started_at is None:
+                await self.remove(entry)  # it never ran: there is nothing to look at
+            else:
+                await self._set(entry, state=State.FAILED, reason=f"{operation}: {reason}")
+        except RametError as second:
+            log.error("%s is left as it is: %s", entry.record.name, second.message)
+            if operation is Operation.CREATE:
+                self.entries.pop(entry.record.id, None)
+
+    async def cancel(self, entry: Entry) -> None:
+        """End what is being done to a machine and wait until that has cleaned up."""
+        if entry.task and not entry.task.done():
+            entry.task.cancel()
+            await asyncio.wait({entry.task})
+
+    async def _set(self, entry: Entry, **changes: Any) -> None:
+        """Change the record: on disk first, then in memory, then told."""
+        record = dataclasses.replace(entry.record, **changes)
+        await self._db.update(record)
+        entry.record = record
+        self._publish(entry)
+
+    def _publish(self, entry: Entry) -> None:
+        record = entry.record
+        self.bus.publish(Event(at=time.time(), kind="state", machine=record.name, state=record.state, reason=record.reason))
+
+    def _doing(self, entry: Entry, step: str, fraction: float | None = None) -> None:
+        """Say what is being done; small steps of a long way are not worth an event each."""
+        old = entry.activity
+        if (
+            old
+            and old.step == step
+            and fraction is not None
+            and old.fraction is not None
+            and 0 <= fraction - old.fraction < 0.01
+            and fraction < 1
+        ):
+            return
+        entry.activity = Activity(verb=str(entry.operation), step=step, fraction=fraction)
+        self.bus.publish(Event(at=time.time(), kind="activity", machine=entry.record.name, activity=entry.activity))
+
+    # create, start
+
+    async def create(self, entry: Entry) -> None:
+        """The image, then the first boot."""
+        image = await images.ensure(self.state, entry.record.spec.image, progress=lambda step, fraction: self._doing(entry, step, fraction))
+        if image.disk_size > entry.record.spec.disk:
+            need = spec.format_size(image.disk_size)
+            raise SpecError(f"`disk`: {spec.format_size(entry.record.spec.disk)} is too small for {image.reference}: write at least {need}")
+        if entry.record.id not in self.entries:
+            raise StateError(f"{entry.record.name} was deleted")
+        await self._set(entry, image_digest=image.digest)
+        await self.bring_up(entry)
+
+    async def bring_up(self, entry: Entry) -> None:
+        """Boot, from whatever is there: idempotent, so that an interrupted one is simply done again."""
+        await self._end(entry)
+        image = await self._image(entry)
+        entry.image = image.config
+        files = self.state.machine(entry.record.id)
+        files.root.mkdir(mode=0o700, exist_ok=True)
+        if not files.disk.exists():
+            self._doing(entry, "making the disk")
+            await _overlay(images.disk_path(self.state, image.digest), files, entry.record.spec.disk)
+        self._doing(entry, "preparing the kernel")
+        boot = await self.host.boot()
+        self._doing(entry, "booting")
+        began = time.monotonic()
+        entry.vm = await Vm.launch(files, self._config(entry, boot, files), boot.binaries.shim)
+        await self._set(entry, started_at=time.time(), accelerator=boot.probe.accelerator, kernel=boot.kernel.version)
+        self._limit(entry)
+        await entry.vm.connect_agent(deadline=vm.BOOT_DEADLINE, resync=False)
+        await self._set(entry, boot_time=time.monotonic() - began)
+        self._watch(entry, entry.vm)
+        await self._hooks(entry)
+
+    async def _image(self, entry: Entry) -> Image:
+        """The image the machine's disk stands on."""
+        found = images.load(self.state, entry.record.image_digest) if entry.record.image_digest else None
+        if found:
+            return found
+        if self.state.machine(entry.record.id).disk.exists():
+            raise MachineFailedError(f"the image {entry.record.image_digest} that the disk of {entry.record.name} stands on is gone")
+        image = await images.ensure(self.state, entry.record.spec.image, progress=lambda step, fraction: self._doing(entry, step, fraction))
+        await self._set(entry, image_digest=image.digest)
+        return image
+
+    def _config(self, entry: Entry, boot: Boot, files: MachineDir) -> argv.Config:
+        wanted = entry.record.spec
+        words = [kernels.cmdline(boot.kernel), "ramet.root=/dev/vda", f"ramet.hostname={wanted.name}", *network.kernel_words()]
+        if wanted.init is InitMode.IMAGE:
+            words.append("ramet.init=/sbin/init")
+        return argv.Config(
+            name=wanted.name,
+            accelerator=boot.probe.accelerator,
+            cpus=wanted.cpus,
+            memory=wanted.memory,
+            kernel=boot.kernel.image,
+            initrd=boot.initrd,
+            cmdline=" ".join(words),
+            disk=files.disk,
+            network=self.host.network,
+        )
+
+    def _limit(self, entry: Entry) -> None:
+        """Put the machine's processes under its limits; a host that refuses is reported, not fatal."""
+        if self.host.cgroups.directories:
+            try:
+                cgroup.enter(
+                    self.host.cgroups, entry.record.id, entry.record.spec, list(vm.pids(self.state.machine(entry.record.id)).values())
+                )
+            except OSError as error:
+                log.warning("%s runs without cgroup limits: %s", entry.record.name, error)
+
+    async def _hooks(self, entry: Entry) -> None:
+        """What the spec and the image want run in a machine that has booted."""
+        assert entry.vm
+        guest, wanted = entry.vm.guest, entry.record.spec
+        workdir = wanted.workdir or entry.image.workdir
+        if not entry.record.initialised:
+            if workdir not in ("", "/"):
+                await guestfs.make_dir(guest, workdir, mode=0o755, parents=True, user="")
+            await self._hook(entry, "create", wanted.lifecycle.create)
+            await self._set(entry, initialised=True)
+        for port in wanted.ports:
+            await self.open_port(entry, port)
+        await self._hook(entry, "start", wanted.lifecycle.start)
+        service = entry.image.service
+        if wanted.entrypoint and service and wanted.init is InitMode.AGENT:
+            await self._service(entry, service)
+
+    async def _hook(self, entry: Entry, name: str, script: str) -> None:
+        """Run a lifecycle command; its failure is the operation's."""
+        if not script:
+            return
+        assert entry.vm
+        self._doing(entry, f"running lifecycle.{name}")
+        command = Command(argv=("sh", "-c", script), timeout=HOOK_DEADLINE, label=f"lifecycle.{name}")
+        result = await commands.run(entry.vm.guest, commands.effective(entry.record.spec, entry.image, command), b"")
+        if result.status:
+            text = (result.stderr or result.stdout).decode(errors="replace").strip()
+            raise MachineFailedError(
+                f"lifecycle.{name} ended with status {result.status}: {(text.splitlines() or ['no output'])[-1]}",
+                hint="Mend it in the spec, then delete and create the machine again.",
+                details={"log": text[-vm.TAIL :]},
+            )
+
+    async def _service(self, entry: Entry, service: tuple[str, ...]) -> None:
+        """Start the image's entrypoint; an image whose program is missing still makes a usable machine."""
+        assert entry.vm
+        command = commands.effective(entry.record.spec, entry.image, Command(argv=service, detach=True, label="entrypoint"))
+        try:
+            async with contextlib.aclosing(entry.vm.guest.execute(command).events()) as events:
+                async for event in events:
+                    if isinstance(event, Started):
+                        return
+        except RametError as error:
+            await self._set(entry, reason=f"the image's entrypoint did not start: {error.message}")
+
+    async def open_port(self, entry: Entry, port: Port) -> Port:
+        if port.guest in entry.forwards:
+            return entry.forwards[port.guest].port
+
+        def guest() -> Any:
+            assert entry.vm
+            return entry.vm.guest
+
+        forward = entry.forwards[port.guest] = await Forward.open(port, guest)
+        return forward.port
+
+    # stop, delete
+
+    async def take_down(self, entry: Entry, *, force: bool) -> None:
+        if entry.vm and not force and entry.record.state is State.STOPPING:
+            self._doing(entry, "powering off")
+            if rude := await entry.vm.power_off():
+                await self._set(entry, reason=rude)
+        await self._end(entry)
+
+    async def _end(self, entry: Entry) -> None:
+        """Make sure that nothing of the machine lives; quick when nothing does."""
+        for forward in list(entry.forwards.values()):
+            await forward.close()
+        entry.forwards.clear()
+        running, entry.vm = entry.vm, None
+        if running:
+            await running.release()
+        files = self.state.machine(entry.record.id)
+        if vm.is_alive(files):
+            await vm.kill(files)
+        for path in (files.qmp, files.agent):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            cgroup.remove(self.host.cgroups, entry.record.id)
+
+    async def remove(self, entry: Entry) -> None:
+        """End it, delete its directory, forget it; in an order in which a crash leaves a record to go on from."""
+        await self._end(entry)
+        root = self.state.machine(entry.record.id).root
+        if root.exists():
+            doomed = root.with_name(f".deleting-{root.name}")
+            root.rename(doomed)
+            await asyncio.to_thread(_remove_tree, doomed)
+        await self._db.delete(entry.record.id)
+        self.entries.pop(entry.record.id, None)
+        self.bus.publish(Event(at=time.time(), kind="removed", machine=entry.record.name))
+
+    # what happens by itself
+
+    def _watch(self, entry: Entry, machine: Vm) -> None:
+        machine.on_agent_lost = lambda: self._spawn(self._lost(entry, machine))
+        self._spawn(self._died(entry, machine))
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        task.add_done_callback(_retrieve)
+
+    async def _settle(self, entry: Entry) -> None:
+        """Wait until nothing is being done to the machine."""
+        while entry.task and not entry.task.done():
+            await asyncio.wait({entry.task})
+
+    async def _died(self, entry: Entry, machine: Vm) -> None:
+        """QEMU ended: by itself (unless an operation ended it), so say why."""
+        await asyncio.shield(machine.dead)
+        await self._settle(entry)
+        if entry.vm is not machine:
+            return
+        await self._end(entry)
+        death = vm.postmortem(machine.files)
+        log.warning("%s ended: %s", entry.record.name, death.reason)
+        await self._set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
+
+    async def _lost(self, entry: Entry, machine: Vm) -> None:
+        """The agent's line broke while QEMU runs: connect again, unless it is dying anyway or the agent is gone for good."""
+        why = machine.lost_because
+        await asyncio.wait({machine.dead}, timeout=_DYING if machine.agent_closed else 0)
+        await self._settle(entry)
+        if machine.dead.done() or entry.vm is not machine:
+            return
+        log.warning("%s: the agent's line broke: %s", entry.record.name, why)
+        if not machine.agent_closed:
+            try:
+                await machine.connect_agent(deadline=vm.BOOT_DEADLINE / 3, resync=True)
+            except MachineFailedError as error:
+                why = error.message
+            else:
+                return
+        if not machine.dead.done() and entry.vm is machine and entry.operation is None:
+            await self._set(entry, state=State.FAILED, reason=f"the guest's agent is gone ({why}); QEMU still runs")
+
+    # the daemon's start and end
+
+    async def reconcile(self) -> None:
+        """Make the directories and processes agree with the database, and say in the log what was done."""
+        for doomed in self.state.machines.glob(".deleting-*"):
+            log.info("finishing the removal of %s", doomed.name)
+            await asyncio.to_thread(_remove_tree, doomed)
+        adopting = []
+        for record in await self._db.machines():
+            entry = self.add(record)
+            found = images.load(self.state, record.image_digest) if record.image_digest else None
+            entry.image = found.config if found else ImageConfig()
+            adopting.append(asyncio.create_task(self._recover(entry)))
+        known = {record_id for record_id in self.entries} | {"."}
+        for path in self.state.machines.iterdir():
+            if path.name not in known and not path.name.startswith("."):
+                log.warning("%s belongs to no machine of the database; it is left alone", path)
+        if adopting:
+            _, late = await asyncio.wait(adopting, timeout=_ADOPTING)
+            self._background |= late
+        for task in adopting:
+            task.add_done_callback(_retrieve)
+
+    async def _recover(self, entry: Entry) -> None:
+        """One machine after a restart of the daemon."""
+        record = entry.record
+        files = self.state.machine(record.id)
+        alive = vm.is_alive(files)
+        if record.state in lifecycle.INTERRUPTED:
+            after = lifecycle.INTERRUPTED[record.state]
+            log.info("%s was %s when the daemon ended: now %s", record.name, record.state, after or "deleted")
+            if after is None:
+                await self.remove(entry)
+                return
+            await self._end(entry)
+            reason = f"the daemon ended while it was {record.state}" if after is State.FAILED else ""
+            await self._set(entry, state=after, reason=reason)
+        elif record.state is State.RUNNING and alive:
+            await self._adopt(entry, files)
+        elif record.state is State.RUNNING:
+            await self._end(entry)
+            death = vm.postmortem(files)
+            log.info("%s ended while no daemon ran: %s", record.name, death.reason)
+            await self._set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
+        elif alive:
+            log.info("%s is %s but a process of it lives: ended", record.name, record.state)
+            await self._end(entry)
+
+    async def _adopt(self, entry: Entry, files: MachineDir) -> None:
+        """Take a running machine over from a daemon that is gone."""
+        try:
+            machine = await Vm.adopt(files)
+            entry.vm = machine
+            await machine.connect_agent(deadline=vm.BOOT_DEADLINE / 3, resync=True)
+        except RametError as error:
+            await self._set(entry, state=State.FAILED, reason=f"it could not be found again after a restart of the daemon: {error.message}")
+            return
+        log.info("%s runs on (QEMU %d)", entry.record.name, machine.pid)
+        self._watch(entry, machine)
+        for port in entry.record.spec.ports:
+            try:
+                await self.open_port(entry, port)
+            except (HostError, RametError) as error:
+                await self._set(entry, reason=error.message)
+
+    async def close(self) -> None:
+        """Let go of every machine; what is being done is ended and cleaned up."""
+        for entry in list(self.entries.values()):
+            await self.cancel(entry)
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        for entry in list(self.entries.values()):
+            for forward in entry.forwards.values():
+                await forward.close()
+            if entry.vm:
+                await entry.vm.release()
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Keep an error whose caller is gone from being lost."""
+    if not task.cancelled() and (error := task.exception()) and not isinstance(error, RametError):
+        log.error("unexpected", exc_info=error)
+
+
+def _remove_tree(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise HostError(f"{path} cannot be removed: {error.strerror}", hint="Mend its permissions, then delete again.") from error
+
+
+async def _overlay(base: Path, files: MachineDir, size: int) -> None:
+    """The machine's own disk over its image: made aside, then renamed. The backing path is relative, so that the state directory can move."""
+    made = files.disk.with_suffix(".new")
+    relative = Path("../..") / base.relative_to(files.root.parent.parent)
+    try:
+        command = [
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            str(relative),
+            "-F",
+            "raw",
+            "-o",
+            "cluster_size=64k,lazy_refcounts=on",
+            str(made),
+            str(size),
+        ]
+        (await process.run(command, deadline=60)).check("making the machine's disk")
+        made.rename(files.disk)
+    finally:
+        made.unlink(missing_ok=True)

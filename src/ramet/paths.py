@@ -1,0 +1,156 @@
+"""Every file name on disk, written once.
+
+STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.local/share/ramet
+  daemon.lock               flock: one daemon for one state directory
+  daemon.json               pid and address of the running daemon
+  daemon.log
+  token                     the bearer token (0600), made at the first start
+  ramet.db                  SQLite, WAL
+  kvm.json                  the cached result of the KVM probe
+  images/DIGEST/            one directory an image: published by rename
+    disk.raw                ext4
+    image.json              env, user, workdir, entrypoint, where it came from
+  images/.work-XXXX/        being made; removed when its owner's lock is free
+  machines/ID/
+    disk.qcow2              the machine's own overlay
+    lock                    flock held by the shim and QEMU: held = alive
+    pids exit console.log qemu.log     written by the shim
+    qmp.sock agent.sock     bound by us, handed to QEMU
+CACHE/                      $RAMET_CACHE, else $XDG_CACHE_HOME/ramet, else ~/.cache/ramet: may be deleted at any time
+  agent/HASH/               ramet-agent, ramet-shim
+  kernels/HASH/
+  initramfs/HASH
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def _base(own: str, xdg: str, default: str) -> Path:
+    if value := os.environ.get(own):
+        return Path(value).absolute()
+    base = os.environ.get(xdg)
+    return (Path(base) if base else Path.home() / default).absolute() / "ramet"
+
+
+def cache_dir() -> Path:
+    """Where artifacts that can be made again live."""
+    return _base("RAMET_CACHE", "XDG_CACHE_HOME", ".cache")
+
+
+def share_dir(name: str) -> Path:
+    """A directory of sources that Ramet ships (`agent`, `kernel`, `examples`): in the wheel, else in the checkout."""
+    packaged = Path(__file__).parent / "share" / name
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineDir:
+    """The files of one machine."""
+
+    root: Path
+
+    @property
+    def disk(self) -> Path:
+        return self.root / "disk.qcow2"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def pids(self) -> Path:
+        return self.root / "pids"
+
+    @property
+    def exit(self) -> Path:
+        return self.root / "exit"
+
+    @property
+    def console(self) -> Path:
+        return self.root / "console.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        return self.root / "qemu.log"
+
+    @property
+    def qmp(self) -> Path:
+        return self.root / "qmp.sock"
+
+    @property
+    def agent(self) -> Path:
+        return self.root / "agent.sock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDir:
+    """The files of one image."""
+
+    root: Path
+
+    @property
+    def disk(self) -> Path:
+        return self.root / "disk.raw"
+
+    @property
+    def record(self) -> Path:
+        return self.root / "image.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateDir:
+    """The files of one daemon."""
+
+    root: Path
+
+    @classmethod
+    def default(cls) -> StateDir:
+        return cls(root=_base("RAMET_HOME", "XDG_DATA_HOME", ".local/share"))
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "daemon.lock"
+
+    @property
+    def daemon(self) -> Path:
+        return self.root / "daemon.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "daemon.log"
+
+    @property
+    def token(self) -> Path:
+        return self.root / "token"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "ramet.db"
+
+    @property
+    def kvm(self) -> Path:
+        return self.root / "kvm.json"
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def machines(self) -> Path:
+        return self.root / "machines"
+
+    def image(self, digest: str) -> ImageDir:
+        """digest: `sha256:…`; the directory's name has a dash, for QEMU and skopeo read meaning into colons."""
+        return ImageDir(root=self.images / digest.replace(":", "-"))
+
+    def machine(self, machine_id: str) -> MachineDir:
+        return MachineDir(root=self.machines / machine_id)
+
+    def create(self) -> None:
+        """Make the directories, for the owner only: disks and memories hold secrets."""
+        for path in (self.root, self.images, self.machines):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,0 +1,256 @@
+"""ramet.toml -> Spec: parse, default and validate, each on its own. Every error names the file, the line or key, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from ramet.errors import SpecError
+from ramet.model import InitMode, Lifecycle, Port, Spec
+
+FILE_NAME = "ramet.toml"
+_UNITS = {"": 1, "B": 1, **{f"{p}{s}": 1 << (10 * (i + 1)) for i, p in enumerate("KMGT") for s in ("", "iB")}}
+_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))} | {"kB": 1000}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
+SIZE_HELP = "a size such as `512MiB`, `2G` (both powers of 1024) or `500MB` (powers of 1000)"
+
+# Limits. Below 64 MiB neither kernel boots; ext4 below 64 MiB holds no base image; the upper ones catch slips of the keyboard.
+MEMORY = (64 << 20, 4 << 40)
+DISK = (64 << 20, 64 << 40)
+CPUS = (1, 255)
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+NAME_HELP = "1 to 63 of a-z, 0-9 and `-`, not beginning or ending with `-` (it becomes the machine's host name)"
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes of `512MiB`, `2G`, `1.5GiB`, `500MB` or a plain number; ValueError says what would be right."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"is not a size: write {SIZE_HELP}")
+    match = _SIZE.match(str(value))
+    if not match:
+        raise ValueError(f"{value!r} is not a size: write {SIZE_HELP}")
+    number, unit = match.groups()
+    if unit not in _UNITS:
+        close = next((u for u in _UNITS if u and u.lower() == unit.lower()), None)
+        raise ValueError(f"{value!r} has the unknown unit {unit!r}: write {f'`{number}{close}`' if close else SIZE_HELP}")
+    return int(float(number) * _UNITS[unit])
+
+
+def format_size(size: int) -> str:
+    """Bytes for people: three digits, binary units."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 999.5 or unit == "TiB":
+            return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.3g} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def parse_port(value: str | int) -> Port:
+    """`8080` (any free host port), `8000:80` (host port 8000 to the guest's 80)."""
+    parts = str(value).split(":")
+    if isinstance(value, bool) or len(parts) > 2 or not all(re.fullmatch(r"\d{1,5}", p) and 0 < int(p) < 65536 for p in parts):
+        raise ValueError(f"{value!r} is not a port: write the guest's port, as `8080`, or `HOST:GUEST`, as `8000:80`; ports are 1 to 65535")
+    return Port(guest=int(parts[-1]), host=int(parts[0]) if len(parts) == 2 else 0)
+
+
+def _within(value: int, limits: tuple[int, int], what: str) -> int:
+    low, high = limits
+    if not low <= value <= high:
+        raise ValueError(f"{format_size(value)} of {what} is impossible: write {format_size(low)} to {format_size(high)}")
+    return value
+
+
+def _memory(value: Any) -> int:
+    return _within(parse_size(value), MEMORY, "memory") & ~0xFFFFF  # QEMU wants whole pages, huge pages even numbers: whole MiB serve both
+
+
+def _disk(value: Any) -> int:
+    return _within(parse_size(value), DISK, "disk") & ~0xFFFFF
+
+
+def _cpus(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not CPUS[0] <= value <= CPUS[1]:
+        raise ValueError(f"{value!r} is not a number of cpus: write a whole number from {CPUS[0]} to {CPUS[1]}")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError(f"{value!r} is not a machine name: write {NAME_HELP}")
+    return value
+
+
+def _env(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+                raise ValueError(
+                    f"{key!r} is not a name of an environment variable: write letters, digits and `_`, not beginning with a digit"
+                )
+        return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in value.items()}
+    return value
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, str) and value and not value.startswith("/"):
+        raise ValueError(f"{value!r} is not an absolute path: write `/{value}`")
+    return value
+
+
+def _init(value: Any) -> Any:
+    if value not in list(InitMode):
+        raise ValueError(f"{value!r} is not an init: write `agent` (Ramet's own) or `image` (the image's, as systemd)")
+    return value
+
+
+def _reads(schema: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema(schema)
+
+
+_size_schema = {"type": ["string", "integer"], "pattern": r"^\s*\d+(\.\d+)?\s*[A-Za-z]*\s*$", "examples": ["512MiB", "2G"]}
+_port_schema = {
+    "type": ["string", "integer"],
+    "pattern": r"^\d{1,5}(:\d{1,5})?$",
+    "minimum": 1,
+    "maximum": 65535,
+    "examples": [8080, "8000:80"],
+}
+
+
+class LifecycleTable(BaseModel):
+    """[lifecycle]: shell commands run in the guest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    create: str = Field("", description="Run once, after the first boot; when it fails, creating the machine fails.")
+    start: str = Field("", description="Run after every boot.")
+
+
+class SpecFile(BaseModel):
+    """A Ramet machine, as ramet.toml defines it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, title="ramet.toml")
+    name: Annotated[str, BeforeValidator(_name), _reads({"type": "string", "pattern": f"^{_NAME.pattern}$"})] = Field(
+        "", description="Name of the machine and its host name; default: the directory's."
+    )
+    image: str = Field(
+        "debian:bookworm", min_length=1, description="`debian:SUITE`, a registry's image, `oci:PATH`, `docker-archive:PATH`."
+    )
+    cpus: Annotated[int, BeforeValidator(_cpus), _reads({"type": "integer", "minimum": CPUS[0], "maximum": CPUS[1]})] = Field(
+        1, description="Virtual cpus."
+    )
+    memory: Annotated[int, BeforeValidator(_memory), _reads(_size_schema)] = Field(
+        Spec.memory, description="RAM, " + SIZE_HELP + ".", validate_default=False
+    )
+    disk: Annotated[int, BeforeValidator(_disk), _reads(_size_schema)] = Field(
+        Spec.disk, description="Size of the root disk; only what is used takes space."
+    )
+    env: Annotated[dict[str, str], BeforeValidator(_env)] = Field(default_factory=dict, description="Environment of every command.")
+    workdir: Annotated[str, BeforeValidator(_absolute)] = Field("", description="Working directory of commands; default: the image's.")
+    user: str = Field("", description="User of commands, `name`, `uid` or `user:group`; default: the image's.")
+    ports: list[Annotated[Port, BeforeValidator(parse_port), _reads(_port_schema)]] = Field(
+        default_factory=list, description="TCP ports reachable on the host's loopback: `8080` or `HOST:GUEST`."
+    )
+    lifecycle: LifecycleTable = Field(default_factory=LifecycleTable)
+    init: Annotated[InitMode, BeforeValidator(_init)] = Field(
+        InitMode.AGENT, strict=False, description="First process: Ramet's agent, or the image's own init."
+    )
+    entrypoint: bool = Field(True, description="Run the image's entrypoint in the background after every boot.")
+
+
+def json_schema() -> str:
+    """The published schema, as `schema/ramet.schema.json` holds it."""
+    schema = SpecFile.model_json_schema()
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
+
+
+def line_of(text: str, path: tuple[str | int, ...]) -> int | None:
+    """The 1-based line on which a key stands; None when it cannot be told (inline tables, arrays over lines)."""
+    keys = [str(p) for p in path if isinstance(p, str)]
+    while keys:
+        table: list[str] = []
+        for number, line in enumerate(text.splitlines(), 1):
+            stripped = line.strip()
+            if header := re.match(r"\[([^\[\]]+)\]", stripped):
+                table = [part.strip().strip("\"'") for part in header[1].split(".")]
+                if table == keys:
+                    return number
+            elif key := re.match(r"([A-Za-z0-9_.\"' -]+?)\s*=", stripped):
+                if [*table, *(part.strip().strip("\"'") for part in key[1].split("."))] == keys:
+                    return number
+        keys.pop()
+    return None
+
+
+def _fields_at(path: tuple[str | int, ...]) -> list[str]:
+    return list(LifecycleTable.model_fields if path[:1] == ("lifecycle",) and len(path) > 1 else SpecFile.model_fields)
+
+
+_WANTED = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+}
+
+
+def _explain(error: Any) -> str:
+    path = tuple(error["loc"])
+    key = ".".join(str(p) for p in path)
+    if error["type"] == "extra_forbidden":
+        fields = _fields_at(path)
+        close = difflib.get_close_matches(str(path[-1]), fields, n=1)
+        return f"unknown key `{key}`: " + (f"did you mean `{close[0]}`?" if close else f"known are {', '.join(fields)}")
+    if error["type"] == "value_error":
+        return f"`{key}`: {error['ctx']['error']}"
+    wanted = _WANTED.get(error["type"])
+    return f"`{key}`: {error['input']!r} is not {wanted}" if wanted else f"`{key}`: {error['msg']}"
+
+
+def build(data: Mapping[str, Any], *, source: str, text: str = "", default_name: str = "") -> Spec:
+    """Validate a parsed definition. source and text are for the errors."""
+    try:
+        table = SpecFile.model_validate({"name": default_name, **data} if default_name or "name" in data else data)
+    except ValidationError as error:
+        problems = []
+        for each in error.errors():
+            line = line_of(text, tuple(each["loc"]))
+            problems.append(f"{source}{f':{line}' if line else ''}: {_explain(each)}")
+        raise SpecError("\n".join(problems), hint="The keys are described in schema/ramet.schema.json and docs/spec.md.") from None
+    if not table.name:
+        raise SpecError(f"{source}: `name` is missing: write {NAME_HELP}")
+    return Spec(
+        **{key: getattr(table, key) for key in type(table).model_fields if key not in ("ports", "lifecycle")},
+        ports=tuple(table.ports),
+        lifecycle=Lifecycle(**table.lifecycle.model_dump()),
+    )
+
+
+def default_name(directory: Path) -> str:
+    """A machine name made of a directory's name."""
+    return re.sub(r"[^a-z0-9]+", "-", directory.resolve().name.lower()).strip("-")[:63].strip("-")
+
+
+def load(path: Path) -> Spec:
+    """The Spec of a ramet.toml (or of the directory that holds one). Raises SpecError."""
+    if path.is_dir():
+        path = path / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
+    except FileNotFoundError:
+        raise SpecError(f"there is no {path}", hint="Write one (docs/spec.md), or name the directory that has it.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path}: not valid TOML: {error}") from error
+    return build(data, source=str(path), text=text, default_name=default_name(path.parent))

@@ -1,0 +1,133 @@
+"""The product's interface. The engine (this host) and the client (over HTTP) implement it; REST, SDK and CLI are held to it by a test."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Protocol
+
+from ramet.model import (
+    Command,
+    Event,
+    FileInfo,
+    HostInfo,
+    Machine,
+    Port,
+    Process,
+    ProcessEvent,
+    Result,
+    Spec,
+)
+
+OUTPUT_LIMIT = 16 << 20  # bytes of each of stdout and stderr that `run` keeps; more belongs in `execute`
+WRITE_FLAGS = "ctp"  # create, truncate, parents: how `write_file` treats the file, in the agent's letters
+
+
+class Verbs(Protocol):
+    """Machines by name. Every method may raise RametError; the ones that return an iterator raise from its first step."""
+
+    async def info(self) -> HostInfo:
+        """This host: accelerator, kernel, capacity, what it cannot enforce."""
+        ...
+
+    async def create(self, spec: Spec) -> Machine:
+        """Make a machine and start it; returns when commands run in it. ExistsError when the name is taken."""
+        ...
+
+    async def list(self) -> list[Machine]: ...
+
+    async def get(self, name: str) -> Machine:
+        """One machine, with what it costs now. `name` may be its id."""
+        ...
+
+    async def start(self, name: str) -> Machine:
+        """Boot a stopped or failed machine from its own disk."""
+        ...
+
+    async def stop(self, name: str, *, force: bool = False) -> Machine:
+        """Power off: the guest is asked, then made to. force: at once, as a power cut."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """Remove a machine, its disk and its processes, whatever it is doing."""
+        ...
+
+    async def logs(self, name: str, *, source: str = "console", lines: int = 200) -> bytes:
+        """The tail of the guest's console, or of QEMU's messages (source `qemu`)."""
+        ...
+
+    async def metrics(self, name: str) -> dict[str, float]:
+        """The guest's own numbers: memory, cpu, pressure, disk."""
+        ...
+
+    async def run(self, name: str, command: Command, stdin: bytes = b"") -> Result:
+        """Run a command to its end. OutcomeUnknownError when the guest fell silent while it may have run."""
+        ...
+
+    def execute(self, name: str, command: Command) -> AsyncIterator[ProcessEvent]:
+        """Start a command and stream it: Started, Output…, Exit. Ending the iteration kills it, unless it is detached."""
+        ...
+
+    def attach(self, name: str, process: int) -> AsyncIterator[ProcessEvent]:
+        """As `execute`, for a process that runs already; what it wrote while nobody looked (its last 64 KiB) comes first."""
+        ...
+
+    async def processes(self, name: str) -> builtins.list[Process]: ...
+
+    async def send_input(self, name: str, process: int, data: bytes, *, eof: bool = False) -> None:
+        """Write to the stdin of a process that this daemon streams; waits while the process does not read."""
+        ...
+
+    async def signal(self, name: str, process: int, signal: int) -> None:
+        """Signal a process's whole group."""
+        ...
+
+    async def resize(self, name: str, process: int, rows: int, columns: int) -> None: ...
+
+    async def forget(self, name: str, process: int) -> None:
+        """Drop a finished process from the list."""
+        ...
+
+    def read_file(self, name: str, path: str, *, offset: int = 0, length: int = -1, user: str = "") -> AsyncIterator[bytes]: ...
+
+    async def write_file(
+        self,
+        name: str,
+        path: str,
+        data: AsyncIterable[bytes],
+        *,
+        mode: int = 0o644,
+        offset: int = 0,
+        flags: str = WRITE_FLAGS,
+        user: str = "",
+    ) -> None:
+        """flags: letters of `c`reate, e`x`clusive, `t`runcate, `a`ppend, `p`arents, `r`eplace (atomically, by rename)."""
+        ...
+
+    async def stat_file(self, name: str, path: str, *, user: str = "") -> FileInfo: ...
+
+    async def list_files(self, name: str, path: str, *, user: str = "") -> builtins.list[FileInfo]: ...
+
+    async def remove_file(self, name: str, path: str, *, recursive: bool = False, user: str = "") -> None: ...
+
+    async def rename_file(self, name: str, path: str, target: str, *, user: str = "") -> None: ...
+
+    async def make_dir(self, name: str, path: str, *, mode: int = 0o755, parents: bool = True, user: str = "") -> None: ...
+
+    def pack(self, name: str, path: str, *, user: str = "") -> AsyncIterator[bytes]:
+        """A tar stream of a directory's contents, or of one file."""
+        ...
+
+    async def unpack(self, name: str, path: str, data: AsyncIterable[bytes], *, owners: bool = False, user: str = "") -> None:
+        """Write a tar stream into a directory. owners: keep those of the archive (as root)."""
+        ...
+
+    async def open_port(self, name: str, port: Port) -> Port:
+        """Make a TCP port of the guest reachable on the host's loopback; returns the host port chosen."""
+        ...
+
+    async def close_port(self, name: str, guest: int) -> None: ...
+
+    def events(self, name: str = "") -> AsyncIterator[Event]:
+        """What happens from now on, to one machine or to all."""
+        ...

@@ -1,0 +1,1 @@
+"""Virtual machines: QEMU's command line, its process, and whether KVM works here."""

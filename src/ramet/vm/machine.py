@@ -1,0 +1,294 @@
+"""One QEMU: start it, find it again, end it. It belongs to nobody: a shim of its own keeps its logs and writes down how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ramet import process, sockets
+from ramet.errors import BusyError, GuestError, MachineFailedError, RametError
+from ramet.guest import Guest
+from ramet.model import Usage
+from ramet.paths import MachineDir
+from ramet.qmp import Qmp
+from ramet.vm import argv
+
+LOG_CAP = 1 << 20  # bytes; of each log the shim keeps at most twice this
+TAIL = 4096  # bytes of a log that an error shows
+SPAWN_DEADLINE = 30.0
+BOOT_DEADLINE = 180.0  # an emulated boot takes 2 s; Debian's kernel on a busy host took a minute
+POWER_OFF_GRACE = 8.0  # seconds the guest's processes get after SIGTERM
+POWER_OFF_DEADLINE = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """How a QEMU ended. clean: the guest powered itself off."""
+
+    clean: bool
+    reason: str
+    log: str
+
+
+def tail(path: Path, size: int = TAIL) -> str:
+    """The end of a log (and of the one before it, when it was just begun)."""
+    data = b""
+    for each in (path.with_name(path.name + ".1"), path):
+        with contextlib.suppress(FileNotFoundError), open(each, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            data = (data + file.read())[-size:]
+    return data.decode(errors="replace")
+
+
+def is_alive(files: MachineDir) -> bool:
+    """Whether a QEMU or its shim lives in this directory: they hold the lock, from before their start to their end."""
+    try:
+        fd = os.open(files.lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def postmortem(files: MachineDir) -> Death:
+    """How the last QEMU in this directory ended, from what the shim and the guest's kernel wrote."""
+    console = tail(files.console)
+    try:
+        word, number, *_ = files.exit.read_text().split()
+    except (FileNotFoundError, ValueError):
+        return Death(clean=False, reason="QEMU and its shim were killed, or the host went down", log=console)
+    if word == "signaled":
+        return Death(clean=False, reason=f"QEMU was killed by {signal.Signals(int(number)).name}", log=console)
+    if number != "0":
+        last = (tail(files.qemu_log).strip().splitlines() or ["no message"])[-1]
+        return Death(clean=False, reason=f"QEMU exited with status {number}: {last}", log=tail(files.qemu_log))
+    for mark in ("Kernel panic", "ramet-agent: fatal"):
+        if mark in console:
+            line = next(line for line in console.splitlines() if mark in line)
+            return Death(clean=False, reason=f"the guest died: {line.strip()}", log=console)
+    return Death(clean=True, reason="the guest powered off", log=console)
+
+
+def pids(files: MachineDir) -> dict[str, int]:
+    """The shim's and QEMU's pids, of those that still are what they were."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in files.pids.read_text().splitlines():
+            name, pid, started = line.split()
+            if process.start_time(int(pid)) == int(started):
+                found[name] = int(pid)
+    return found
+
+
+async def kill(files: MachineDir) -> None:
+    """End whatever lives in the directory, at once; returns when it is gone."""
+    found = pids(files)
+    for _ in range(
+        100
+    ):  # a shim that was just started writes its pids within milliseconds, and tells nobody but its starter, who may be dead
+        if found or not is_alive(files):
+            break
+        await asyncio.sleep(0.05)
+        found = pids(files)
+    for name in ("qemu", "shim"):  # the shim ends by itself, after writing down how QEMU did
+        if pid := found.get(name):
+            with contextlib.suppress(ProcessLookupError):
+                fd = os.pidfd_open(pid)
+                try:
+                    if name == "qemu":
+                        signal.pidfd_send_signal(fd, signal.SIGKILL)
+                    if not await process.gone(fd, 10):
+                        signal.pidfd_send_signal(fd, signal.SIGKILL)
+                        await process.gone(fd, 10)
+                finally:
+                    os.close(fd)
+
+
+class Vm:
+    """A running QEMU with its monitor and its guest's agent. on_change is called when the agent comes or goes."""
+
+    def __init__(self, files: MachineDir, pid: int, pidfd: int) -> None:
+        self.files = files
+        self.pid = pid
+        self._pidfd = pidfd
+        self._qmp: Qmp | None = None
+        self._guest: Guest | None = None
+        self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().add_reader(pidfd, self._ended)
+        self.on_agent_lost: Callable[[], None] = lambda: None
+        self.agent_closed = False
+        self.lost_because = ""
+
+    @classmethod
+    async def launch(cls, files: MachineDir, config: argv.Config, shim: Path) -> Vm:
+        """Start QEMU in `files.root` and connect to its monitor. Nothing is left when it fails."""
+        fds: list[int] = []
+        try:
+            lock = os.open(files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fds.append(lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(f"a process of {config.name} still lives in {files.root}") from None
+            for stale in (files.exit, files.pids):
+                stale.unlink(missing_ok=True)
+            fds += [sockets.listen(files.qmp).detach(), sockets.listen(files.agent).detach()]
+            config = dataclasses.replace(config, qmp_fd=fds[1], agent_fd=fds[2])
+            command = [str(shim), "--lock", str(lock), str(files.root), str(LOG_CAP), "--", *argv.build(config)]
+            (await process.run(command, deadline=SPAWN_DEADLINE, pass_fds=fds)).check("starting QEMU")
+        finally:
+            for fd in fds:
+                os.close(fd)
+        try:
+            return await cls.adopt(files)
+        except BaseException:
+            await kill(files)
+            raise
+
+    @classmethod
+    async def adopt(cls, files: MachineDir) -> Vm:
+        """Take over a QEMU that runs already. MachineFailedError, with the reason, when it does not."""
+        pid = pids(files).get("qemu")
+        try:
+            fd = os.pidfd_open(pid) if pid else None
+        except ProcessLookupError:
+            fd = None
+        if pid is None or fd is None:
+            death = postmortem(files)
+            raise MachineFailedError(death.reason, details={"log": death.log})
+        vm = cls(files, pid, fd)
+        try:
+            vm._qmp = await Qmp.connect(files.qmp, deadline=SPAWN_DEADLINE, on_event=vm._event)
+        except MachineFailedError as error:
+            await vm.release()
+            if not is_alive(files):
+                death = postmortem(files)
+                raise MachineFailedError(death.reason, details={"log": death.log}) from error
+            raise
+        except BaseException:
+            await vm.release()
+            raise
+        return vm
+
+    @property
+    def guest(self) -> Guest:
+        """The agent's connection; MachineFailedError when there is none."""
+        if self._guest is None or self._guest.closed.done():
+            why = f": {self._guest.closed.result()}" if self._guest else ""
+            raise MachineFailedError(
+                f"the guest's agent is not connected{why}",
+                hint="`ramet show` and `ramet logs` say more; `ramet stop` and `start` boot it anew.",
+            )
+        return self._guest
+
+    async def connect_agent(self, *, deadline: float, resync: bool) -> None:
+        """Connect to the agent, waiting for the guest to boot; fails at once when QEMU dies meanwhile."""
+        connecting: asyncio.Future[Any] = asyncio.ensure_future(Guest.connect(self.files.agent, deadline=deadline, resync=resync))
+        try:
+            await asyncio.wait([connecting, self.dead], return_when=asyncio.FIRST_COMPLETED)
+            if self.dead.done() and not connecting.done():
+                await self._settled()
+                death = postmortem(self.files)
+                raise MachineFailedError(death.reason, details={"log": death.log})
+            self._guest = await connecting
+        except (MachineFailedError, OSError) as error:
+            log = tail(self.files.console)
+            raise MachineFailedError(
+                getattr(error, "message", str(error)), hint="`ramet logs` shows the guest's console.", details={"log": log}
+            ) from error
+        finally:
+            connecting.cancel()
+        self._guest.closed.add_done_callback(self._agent_lost)
+
+    def _agent_lost(self, closed: asyncio.Future[str]) -> None:
+        if self._pidfd >= 0:  # else we let go ourselves
+            self.lost_because = closed.result()
+            self.on_agent_lost()
+
+    def _event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "VSERPORT_CHANGE" and data.get("id") == "agent" and not data.get("open") and self._guest:
+            self.agent_closed = True
+            self._guest.abort("it closed its port")
+
+    def _ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        self.dead.set_result(None)
+        if self._guest:
+            self._guest.abort("the machine ended")
+
+    async def _settled(self) -> None:
+        """After QEMU's end: wait for the shim to write it down."""
+        await kill(self.files)
+
+    async def usage(self) -> Usage:
+        """What this QEMU costs the host now."""
+        return measure(self.pid, self.files.disk)
+
+    async def power_off(self, *, deadline: float = POWER_OFF_DEADLINE) -> str:
+        """The ladder: ask the agent, then ACPI's power button, then QEMU, then SIGKILL. Always ends; returns how, when it had to be impolite."""
+        rude = ""
+        try:
+            await self.guest.power_off(POWER_OFF_GRACE)
+        except GuestError as error:
+            rude = f"the agent could not be asked ({error.message}); the power button was pressed"
+            with contextlib.suppress(RametError):
+                assert self._qmp
+                await self._qmp("system_powerdown")
+        if not await self._dies_within(deadline):
+            rude = f"the guest did not power off within {deadline:.0f} s; it was cut off"
+            with contextlib.suppress(RametError):
+                assert self._qmp
+                await self._qmp("quit")
+            if not await self._dies_within(5):
+                rude += " with SIGKILL"
+        await kill(self.files)
+        return rude
+
+    async def _dies_within(self, seconds: float) -> bool:
+        await asyncio.wait({self.dead}, timeout=seconds)
+        return self.dead.done()
+
+    async def kill(self) -> None:
+        """A power cut."""
+        await kill(self.files)
+        await self.release()
+
+    async def release(self) -> None:
+        """Let go of the machine without touching it."""
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._guest:
+            self._guest.abort("released")
+        if self._qmp:
+            await self._qmp.close()
+
+
+def measure(pid: int, disk: Path) -> Usage:
+    """PSS of a process (bytes), its cpu time (seconds), and the allocated bytes of a disk file."""
+    memory = 0
+    cpu = 0.0
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                memory = int(line.split()[1]) << 10
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    blocks = 0
+    with contextlib.suppress(FileNotFoundError):
+        blocks = disk.stat().st_blocks * 512
+    return Usage(memory=memory, disk=blocks, cpu=cpu)

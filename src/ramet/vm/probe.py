@@ -1,0 +1,84 @@
+"""Whether KVM works here: found out by booting something, for a device node proves nothing (a paravirtual /dev/kvm opens, and hangs real kernels)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ramet import kernels, process
+from ramet.errors import RametError
+from ramet.kernels import Kernel
+from ramet.model import Accelerator
+from ramet.vm import argv
+
+DEVICE = Path("/dev/kvm")
+DEADLINE = 8.0  # seconds; with KVM the floor prints its line in well under one
+_MEMORY = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The accelerator to use, and why; key: what the answer holds for."""
+
+    accelerator: Accelerator
+    reason: str
+    key: str
+
+
+def _key(kernel: Kernel, qemu: str) -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {kernel.digest} {qemu} {os.geteuid()}"
+
+
+async def probe(cache: Path, kernel: Kernel, qemu: str) -> Probe:
+    """The accelerator for `kernel` on this host. Probed once for each boot of the host, kernel, and QEMU version; `cache` keeps the answer."""
+    key = _key(kernel, qemu)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(cache.read_text())
+        if found["key"] == key:
+            return Probe(accelerator=Accelerator(found["accelerator"]), reason=found["reason"], key=key)
+    if forced := os.environ.get("RAMET_ACCEL"):
+        return Probe(accelerator=Accelerator(forced), reason="RAMET_ACCEL says so", key=key)
+    reason = await _why_not(kernel)
+    result = Probe(accelerator=Accelerator.TCG if reason else Accelerator.KVM, reason=reason or "a guest booted with it", key=key)
+    temporary = cache.with_suffix(".new")
+    temporary.write_text(json.dumps(asdict(result)))
+    temporary.rename(cache)
+    return result
+
+
+async def _why_not(kernel: Kernel) -> str:
+    """Why KVM cannot be used; empty when it can."""
+    if not DEVICE.exists():
+        return f"there is no {DEVICE}: the processor's virtualization is off, or not passed on to this (virtual) host"
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        return f"{DEVICE} may not be opened by this user: add it to the group kvm"
+    try:
+        initrd = await kernels.floor_initramfs(kernel)
+    except RametError as error:
+        return f"it could not be probed: {error.message}"
+    config = argv.Config(
+        name="probe",
+        accelerator=Accelerator.KVM,
+        cpus=1,
+        memory=_MEMORY,
+        kernel=kernel.image,
+        initrd=initrd,
+        cmdline=kernels.cmdline(kernel),
+    )
+    try:
+        async with process.running(argv.build(config)) as qemu, asyncio.timeout(DEADLINE):
+            assert qemu.stdout
+            seen = b""
+            while chunk := await qemu.stdout.read(4096):
+                seen = (seen + chunk)[-8192:]
+                if kernels.FLOOR_LINE.encode() in seen:
+                    return ""
+    except TimeoutError:
+        return f"a guest under KVM did not boot within {DEADLINE:.0f} s: {DEVICE} opens, but is not a whole KVM"
+    last = (seen.decode(errors="replace").strip().splitlines() or ["it ended"])[-1]
+    return f"a guest under KVM did not boot: {last}"
