@@ -1,5 +1,4 @@
 /* The guest agent: one thread, one loop, static memory. PROTOCOL.md says what it does. */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>

@@ -30,7 +30,7 @@ CONFIG = ImageConfig(env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr
 # What mmdebstrap copied from this host, and what must not be the same on two machines. dpkg's options were for the build only.
 _TIDY = (
     'rm -f "$1/etc/hostname" "$1/etc/resolv.conf" "$1/etc/dpkg/dpkg.cfg.d/99mmdebstrap" "$1/var/cache/ldconfig/aux-cache"; '
-    ': > "$1/etc/machine-id"; find "$1/var/log" -type f -delete'
+    ': > "$1/etc/machine-id"; find "$1/var/log" -type f -size +0 -delete'
 )
 _LINES = 2 * 127  # "Unpacking" and "Setting up" lines that bookworm's packages print; only the progress depends on it
 

@@ -7,7 +7,7 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 
@@ -29,12 +29,15 @@ def try_lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
 
 
 @contextlib.asynccontextmanager
-async def exclusive(path: Path) -> AsyncIterator[None]:
-    """Wait for a lock file, hold it in the body, remove it afterwards. Excludes tasks of this process as well as other processes."""
+async def exclusive(path: Path, on_wait: Callable[[], None] | None = None) -> AsyncIterator[None]:
+    """Wait for a lock file, hold it in the body, remove it afterwards. Excludes tasks of this process as well as other processes.
+
+    on_wait: called when another holds it.
+    """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            await _flock(fd)
+            await _flock(fd, on_wait)
         except BaseException:
             os.close(fd)
             raise
@@ -51,16 +54,19 @@ async def exclusive(path: Path) -> AsyncIterator[None]:
 def _names(path: Path, fd: int) -> bool:
     """Whether the path still leads to the open file."""
     try:
-        there, here = os.stat(path), os.fstat(fd)
+        there, here = path.stat(), os.fstat(fd)
     except FileNotFoundError:
         return False
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
-async def _flock(fd: int) -> None:
+async def _flock(fd: int, on_wait: Callable[[], None] | None) -> None:
     """A blocking flock that can be cancelled: a thread waits on a duplicate, and lets go of what it gets when nobody wants it any more."""
     with contextlib.suppress(BlockingIOError):
-        return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    if on_wait:
+        on_wait()
     loop = asyncio.get_running_loop()
     locked: asyncio.Future[None] = loop.create_future()
     copy = os.dup(fd)

@@ -176,7 +176,7 @@ class Operations:
         files.root.mkdir(mode=0o700, exist_ok=True)
         if not files.disk.exists():
             self._doing(entry, "making the disk")
-            await _overlay(images.disk_path(self.state, image.digest), files, entry.record.spec.disk)
+            await _overlay(self.state.image(image.digest).disk, files, entry.record.spec.disk)
         self._doing(entry, "preparing the kernel")
         boot = await self.host.boot()
         self._doing(entry, "booting")

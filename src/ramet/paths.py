@@ -10,7 +10,8 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
   images/DIGEST/            one directory an image: published by rename
     disk.raw                ext4
     image.json              env, user, workdir, entrypoint, where it came from
-  images/.work-XXXX/        being made; removed when its owner's lock is free
+  images/.work-XXXX/        being made; removed when its maker's flock on it is free
+  images/.lock-DIGEST       flock: one maker for one image
   machines/ID/
     disk.qcow2              the machine's own overlay
     lock                    flock held by the shim and QEMU: held = alive

@@ -1,6 +1,7 @@
 """Frozen records to JSON values and back, by their type hints: what the client and the CLI need of pydantic, at none of its start-up time.
 
-The server validates what comes in with pydantic; this reads what the daemon answers. Keys it does not know are skipped, for a daemon may be newer than its client.
+The server validates what comes in with pydantic; this reads what the daemon answers. Keys it does not know are skipped, for a daemon
+may be newer than its client.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def dump(value: Any) -> Any:
         return {str(key): dump(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [dump(item) for item in value]
-    if is_dataclass(value):
-        return {name: dump(getattr(value, name)) for name in _names(type(value))}
+    kind: Any = type(value)
+    if is_dataclass(kind):
+        return {name: dump(getattr(value, name)) for name in _names(kind)}
     raise TypeError(f"{type(value).__name__} has no place in JSON")
 
 
@@ -39,7 +41,7 @@ def load(kind: type[T], value: Any, where: str = "answer") -> T:
 
 
 @functools.cache
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 

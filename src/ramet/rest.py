@@ -1,7 +1,8 @@
 """What the API's two ends must agree on, apart from the model's records: the process stream's frames, and `run`'s request and reply.
 
-A process stream is Docker's multiplexed stream (https://docs.docker.com/reference/api/engine/#tag/Container/operation/ContainerAttach): a byte that says what follows,
-three zero bytes, a big-endian u32 length, the payload. Docker's 1 (stdout) and 2 (stderr) mean what they do there; 0, 3 and 4 are ours and carry JSON.
+A process stream is Docker's multiplexed stream (https://docs.docker.com/reference/api/engine/#tag/Container/operation/ContainerAttach):
+a byte that says what follows, three zero bytes, a big-endian u32 length, the payload. Docker's 1 (stdout) and 2 (stderr) mean what they do
+there; 0, 3 and 4 are ours and carry JSON.
 Files and trees travel in the same frames, as stdout, when the client's Accept asks for them: only so can an error be told after the response began.
 """
 

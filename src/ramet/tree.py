@@ -29,7 +29,10 @@ DEADLINE = 3600.0
 #   64bit metadata_csum    checksums find corruption, and let block groups stay uninitialised until used; 64bit gives them their full width
 #   flex_bg                16 groups' bitmaps and inode tables side by side: fewer reads at mount, fewer writes when growing
 #   the rest               what every kernel since 2.6.28 has
-_FEATURES = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
+_FEATURES = (
+    "none,has_journal,resize_inode,64bit,metadata_csum,flex_bg,"
+    "ext_attr,dir_index,filetype,extent,sparse_super,large_file,huge_file,dir_nlink,extra_isize"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +89,19 @@ def mke2fs(tree: Path, disk: Path) -> list[str]:
 async def measure(tree: Path) -> Usage:
     """What a tree needs on disk."""
     listing = await process.run(userns.argv("find", str(tree), "-xdev", "-printf", r"%y %s %b %n %D:%i\n"), deadline=DEADLINE, apart=True)
-    return sum_up(listing.check("measuring the image").output.splitlines())
+    return sum_up(listing.check("measuring a tree").output.splitlines())
 
 
-async def make_disk(tree: Path, disk: Path, progress: Progress) -> None:
+async def make_disk(what: str, tree: Path, disk: Path, progress: Progress) -> None:
     """Write a tree to a new ext4 file, synced. Raises NoSpaceError, CommandError, ImageError (the tree is no directory)."""
     if tree.is_symlink() or not tree.is_dir():
-        raise ImageError("the image's layers leave no root directory")
+        raise ImageError(f"{what}: its layers leave no root directory")
     userns.require("mke2fs")
     usage = await measure(tree)
     size = disk_size(usage)
     for attempt in range(4):
         try:
-            await _fill(tree, disk, size << attempt, usage, progress)
+            await _fill(what, tree, disk, size << attempt, usage, progress)
             break
         except CommandError as error:
             # the file system was too small, not the host's disk: a host that compresses, or uncommonly many xattrs
@@ -108,7 +111,7 @@ async def make_disk(tree: Path, disk: Path, progress: Progress) -> None:
         os.fsync(file.fileno())
 
 
-async def _fill(tree: Path, disk: Path, size: int, usage: Usage, progress: Progress) -> None:
+async def _fill(what: str, tree: Path, disk: Path, size: int, usage: Usage, progress: Progress) -> None:
     disk.unlink(missing_ok=True)
     with open(disk, "xb") as file:
         try:
@@ -120,4 +123,4 @@ async def _fill(tree: Path, disk: Path, size: int, usage: Usage, progress: Progr
     # /dev/null: nothing from the host's configuration. It is read as the namespace's root, to which the tree belongs.
     work = process.run(userns.argv(*mke2fs(tree, disk)), deadline=DEADLINE, env={"MKE2FS_CONFIG": "/dev/null"})
     result = await watched(work, lambda: progress("writing the disk", min(1.0, allocated(disk) / max(usage.data, 1))))
-    result.check("writing the image's disk")
+    result.check(f"{what}: writing its disk")

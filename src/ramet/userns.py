@@ -20,6 +20,7 @@ PACKAGES = {
     "mke2fs": "e2fsprogs",
     "unshare": "util-linux",
     "setpriv": "util-linux",
+    "zstd": "zstd",
     "newuidmap": "uidmap",
     "newgidmap": "uidmap",
 }
@@ -91,7 +92,8 @@ async def check() -> None:
     except CommandError as error:
         raise HostError(
             f"this host does not let user {user} make user namespaces: {error.details['log'] or error.message}",
-            hint="Look at `sysctl user.max_user_namespaces kernel.unprivileged_userns_clone kernel.apparmor_restrict_unprivileged_userns`, or run Ramet as root.",
+            hint="Run Ramet as root, or look at `sysctl user.max_user_namespaces kernel.unprivileged_userns_clone` "
+            "and `kernel.apparmor_restrict_unprivileged_userns`.",
         ) from error
 
 

@@ -31,7 +31,7 @@ async def watched(work: Coroutine[Any, Any, T], look: Callable[[], None]) -> T:
 def allocated(path: Path) -> int:
     """Bytes of disk that a file takes; 0 while there is none."""
     try:
-        return os.stat(path).st_blocks * 512
+        return path.stat().st_blocks * 512
     except FileNotFoundError:
         return 0
 

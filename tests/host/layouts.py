@@ -103,11 +103,15 @@ def make(root: Path, *layers: bytes, config: dict[str, Any] | None = None, archi
     diff_ids = [f"sha256:{hashlib.sha256(data).hexdigest()}" for data in layers]
     body = {"architecture": architecture, "os": "linux", "config": config or {}, "rootfs": {"type": "layers", "diff_ids": diff_ids}}
     conf = _put(root, json.dumps(body).encode()) | {"mediaType": CONFIG}
-    manifest = _put(root, json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": conf, "layers": blobs}).encode()) | {"mediaType": MANIFEST}
+    manifest = _put(root, json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": conf, "layers": blobs}).encode()) | {
+        "mediaType": MANIFEST
+    }
     top = manifest
     if index:
         platform = {"platform": {"architecture": architecture, "os": "linux"}}
-        top = _put(root, json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [manifest | platform]}).encode()) | {"mediaType": INDEX}
+        top = _put(root, json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [manifest | platform]}).encode()) | {
+            "mediaType": INDEX
+        }
     top = top | {"annotations": {"org.opencontainers.image.ref.name": "latest"}}
     (root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [top]}))
     (root / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')

@@ -149,14 +149,15 @@ class Vm:
             config = dataclasses.replace(config, qmp_fd=fds[1], agent_fd=fds[2])
             command = [str(shim), "--lock", str(lock), str(files.root), str(LOG_CAP), "--", *argv.build(config)]
             (await process.run(command, deadline=SPAWN_DEADLINE, pass_fds=fds)).check("starting QEMU")
-        finally:
-            for fd in fds:
-                os.close(fd)
-        try:
+            while fds:
+                os.close(fds.pop())  # from here on QEMU's end alone keeps its sockets and the lock
             return await cls.adopt(files)
         except BaseException:
             await kill(files)
             raise
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     @classmethod
     async def adopt(cls, files: MachineDir) -> Vm:
@@ -167,6 +168,7 @@ class Vm:
         except ProcessLookupError:
             fd = None
         if pid is None or fd is None:
+            await kill(files)  # QEMU is gone; its shim may still be writing down how
             death = postmortem(files)
             raise MachineFailedError(death.reason, details={"log": death.log})
         vm = cls(files, pid, fd)
@@ -174,7 +176,8 @@ class Vm:
             vm._qmp = await Qmp.connect(files.qmp, deadline=SPAWN_DEADLINE, on_event=vm._event)
         except MachineFailedError as error:
             await vm.release()
-            if not is_alive(files):
+            if process.start_time(pid) is None:
+                await kill(files)
                 death = postmortem(files)
                 raise MachineFailedError(death.reason, details={"log": death.log}) from error
             raise
