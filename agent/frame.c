@@ -63,7 +63,7 @@ enum framer_result framer_next(struct framer *f, struct frame *out)
 		return FRAMER_MORE;
 	const uint8_t *p = f->buf + f->start;
 	uint32_t length = get32(p + 8);
-	if (get16(p + 2) != 0 || length > FRAME_PAYLOAD_MAX) {
+	if (get16(p + 2) != 0 || length > FRAME_PAYLOAD_MAX || (p[0] == T_SYNC && !is_sync(p))) {
 		f->start++;
 		framer_lose(f);
 		return FRAMER_BAD;

@@ -27,7 +27,7 @@ static int up(int fd, const char *name)
 	return ioctl(fd, SIOCSIFFLAGS, &r);
 }
 
-/* The Ethernet device with the lowest number. */
+/* The Ethernet device with the lowest number; bonds, dummies and tunnels, which a kernel may bring along, sit on no bus. */
 static bool first_ethernet(int fd, char name[IFNAMSIZ])
 {
 	int best = INT_MAX;
@@ -35,7 +35,9 @@ static bool first_ethernet(int fd, char name[IFNAMSIZ])
 	DIR *dir = opendir("/sys/class/net");
 	while (dir && (entry = readdir(dir))) {
 		struct ifreq r = {0};
-		if (entry->d_name[0] == '.' || strlen(entry->d_name) >= IFNAMSIZ)
+		char device[300];
+		snprintf(device, sizeof device, "/sys/class/net/%s/device", entry->d_name);
+		if (entry->d_name[0] == '.' || strlen(entry->d_name) >= IFNAMSIZ || access(device, F_OK) < 0)
 			continue;
 		strcpy(r.ifr_name, entry->d_name);
 		if (ioctl(fd, SIOCGIFHWADDR, &r) < 0 || r.ifr_hwaddr.sa_family != ARPHRD_ETHER || ioctl(fd, SIOCGIFINDEX, &r) < 0)

@@ -82,10 +82,6 @@ static void lost(void)
 static void sync_frame(const struct frame *f)
 {
 	uint8_t p[NONCE_SIZE + 4 + BOOT_ID + sizeof AGENT_VERSION];
-	if (f->flags || f->stream || f->length != NONCE_SIZE) {
-		lost();
-		return;
-	}
 	memcpy(p, f->payload, NONCE_SIZE);
 	put32(p + NONCE_SIZE, PROTOCOL_VERSION);
 	memcpy(p + NONCE_SIZE + 4, boot_id, BOOT_ID);

@@ -5,6 +5,7 @@ A guest is hostile, so everything read here is checked.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -304,7 +305,10 @@ def parse_metrics(data: bytes) -> dict[str, float]:
     for line in data.decode(errors="replace").splitlines()[:256]:
         name, _, value = line.partition(" ")
         try:
-            found[printable(name.encode())] = float(value)
-        except ValueError as error:
-            raise ProtocolError("the guest's agent sent a metric that is not a number") from error
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ProtocolError("the guest's agent sent a metric that is not a number")
+        found[printable(name.encode())] = number
     return found

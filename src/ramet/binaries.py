@@ -1,4 +1,7 @@
-"""The two small C programs of agent/: the guest's agent and the shim beside each QEMU. Built once for each version of their sources, in seconds, and cached by hash."""
+"""The two small C programs of agent/: the guest's agent and the shim beside each QEMU.
+
+Built once for each version of their sources, in seconds, and cached by hash.
+"""
 
 from __future__ import annotations
 

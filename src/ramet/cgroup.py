@@ -1,4 +1,7 @@
-"""A cgroup for each machine's processes, where we are root: the guest cannot make QEMU take more of the host than the spec says. Version 2, and version 1 where hosts still have it."""
+"""A cgroup for each machine's processes, where we are root: the guest cannot make QEMU take more of the host than the spec says.
+
+Version 2, and version 1 where hosts still have it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from ramet.model import Spec
 
 _ROOT = Path("/sys/fs/cgroup")
 _PARENT = "ramet"
-# Beyond the guest's memory: QEMU's own heap and translation cache (40 to 110 MiB measured under emulation), its threads' stacks, page cache of the overlay that is charged to it.
+# Beyond the guest's memory: QEMU's own heap and translation cache (40 to 110 MiB measured under emulation), its threads' stacks,
+# and page cache of the overlay that is charged to it.
 OVERHEAD = 512 << 20
 PIDS = 128  # QEMU's threads: one a cpu, its io threads, at most 64 in the block layer's pool
 _PERIOD = 100_000  # microseconds, the kernel's default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -18,9 +19,6 @@ from ramet.records import dump, load
 from ramet.rest import BYTES, HEARTBEAT, HEARTBEAT_EVERY, STREAM, TAR, Decoder, Kind, RunReply, RunRequest, decode, to_json
 from ramet.transport import Transport
 from ramet.verbs import WRITE_FLAGS
-
-Processes = list[Process]  # inside a class with a method `list`, that name is the method
-FileInfos = list[FileInfo]
 
 CONNECT = 5.0  # seconds to reach the daemon
 SOON = 60.0  # seconds of silence after which a question that starts nothing counts as unanswered
@@ -223,7 +221,7 @@ class Client:
     def attach(self, name: str, process: int) -> AsyncIterator[ProcessEvent]:
         return self._events("GET", _machine(name, "processes", process, "output"), f"process {process}")
 
-    async def processes(self, name: str) -> Processes:
+    async def processes(self, name: str) -> builtins.list[Process]:
         return load(list[Process], await self._json("GET", _machine(name, "processes"), "the list of processes", timeout=_SHORT))
 
     async def send_input(self, name: str, process: int, data: bytes, *, eof: bool = False) -> None:
@@ -263,7 +261,7 @@ class Client:
         query = {"path": path, "user": user}
         return load(FileInfo, await self._json("GET", _files(name, "stat"), f"stat of {path}", query=query, timeout=_SHORT))
 
-    async def list_files(self, name: str, path: str, *, user: str = "") -> FileInfos:
+    async def list_files(self, name: str, path: str, *, user: str = "") -> builtins.list[FileInfo]:
         query = {"path": path, "user": user}
         return load(list[FileInfo], await self._json("GET", _files(name, "list"), f"the list of {path}", query=query, timeout=_SHORT))
 

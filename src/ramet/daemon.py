@@ -17,14 +17,13 @@ from pathlib import Path
 
 import uvicorn
 
-from ramet import process
 from ramet.engine import Engine
 from ramet.errors import DaemonError
 from ramet.paths import StateDir
 from ramet.server.app import create_app
+from ramet.service import READY, ensure_running, status, stop
 
-START_DEADLINE = 30.0
-STOP_DEADLINE = 60.0
+__all__ = ["ensure_running", "run", "serve", "status", "stop", "token"]
 
 
 @contextlib.contextmanager
@@ -108,70 +107,10 @@ async def serve(state: StateDir, ready: int | None = None) -> None:
                 asyncio.get_running_loop().add_signal_handler(number, http.end)
             _announce(state, server)
             if ready is not None:
-                os.write(ready, b"ready\n")
+                os.write(ready, READY)
                 os.close(ready)
             logging.getLogger("ramet").info("serving %s on port %d", state.root, server.getsockname()[1])
             await http.serve(sockets=[server])
-
-
-async def ensure_running(state: StateDir | None = None) -> None:
-    """Start a daemon for the state directory when none runs; returns when it answers. DaemonError shows its log's tail."""
-    state = state or StateDir.default()
-    if status(state):
-        return
-    state.create()
-    reader, writer = os.pipe()
-    try:
-        process.spawn_detached([sys.executable, "-m", "ramet.daemon", str(state.root), str(writer)], log=state.log, pass_fds=[writer])
-    finally:
-        os.close(writer)
-    loop = asyncio.get_running_loop()
-    stream = asyncio.StreamReader()
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), open(reader, "rb"))
-    try:
-        answer = await asyncio.wait_for(stream.read(), START_DEADLINE)
-    except TimeoutError:
-        answer = b""
-    finally:
-        transport.close()
-    if answer != b"ready\n" and not status(state):  # another may have won the race
-        tail = "\n".join(state.log.read_text(errors="replace").splitlines()[-process.TAIL_LINES :])
-        raise DaemonError("the daemon did not start", hint=f"See {state.log}.", details={"log": tail})
-
-
-def status(state: StateDir) -> dict[str, object] | None:
-    """pid and url of the running daemon; None when none holds the state directory."""
-    try:
-        fd = os.open(state.lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        with contextlib.suppress(OSError, ValueError):
-            found: dict[str, object] = json.loads(state.daemon.read_text())
-            return found
-        return None
-    finally:
-        os.close(fd)
-    return None
-
-
-async def stop(state: StateDir) -> bool:
-    """End the running daemon; its machines run on. False when none ran."""
-    found = status(state)
-    if not found:
-        return False
-    pid = int(str(found["pid"]))
-    with contextlib.suppress(ProcessLookupError):
-        fd = os.pidfd_open(pid)
-        try:
-            signal.pidfd_send_signal(fd, signal.SIGTERM)
-            if not await process.gone(fd, STOP_DEADLINE):
-                raise DaemonError(f"the daemon (pid {pid}) did not end within {STOP_DEADLINE:.0f} s")
-        finally:
-            os.close(fd)
-    return True
 
 
 def run(root: Path, ready: int | None = None) -> None:

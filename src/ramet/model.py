@@ -225,7 +225,10 @@ ProcessEvent = Started | Output | Exit
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished command. duration: seconds from the request to its end, measured by the daemon. truncated: bytes of output beyond the limit that were dropped."""
+    """A finished command.
+
+    duration: seconds from the request to its end, measured by the daemon. truncated: bytes of output beyond the limit that were dropped.
+    """
 
     ending: Ending
     code: int

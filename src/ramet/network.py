@@ -21,8 +21,8 @@ class Network:
     limits: tuple[str, ...]
 
 
-# The user-mode network needs no privilege and no clean-up: it lives and dies with QEMU. The guest reaches what this user reaches; the host's own loopback is cut off
-# (QEMU would otherwise offer it as 10.0.2.2), nothing outside reaches the guest but through the agent.
+# The user-mode network needs no privilege and no clean-up: it lives and dies with QEMU. The guest reaches what this host's user reaches;
+# nothing outside reaches the guest but through the agent.
 USER = Network(
     name="user-mode",
     netdev=f"user,id=net,net={NETWORK},host={GATEWAY},dns={DNS},dhcpstart={ADDRESS},ipv6=off",

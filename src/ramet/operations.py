@@ -379,7 +379,7 @@ class Operations:
             found = images.load(self.state, record.image_digest) if record.image_digest else None
             entry.image = found.config if found else ImageConfig()
             adopting.append(asyncio.create_task(self._recover(entry)))
-        known = {record_id for record_id in self.entries} | {"."}
+        known = set(self.entries)
         for path in self.state.machines.iterdir():
             if path.name not in known and not path.name.startswith("."):
                 log.warning("%s belongs to no machine of the database; it is left alone", path)

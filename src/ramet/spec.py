@@ -18,7 +18,7 @@ from ramet.model import InitMode, Lifecycle, Port, Spec
 FILE_NAME = "ramet.toml"
 _UNITS = {"": 1, "B": 1, **{f"{p}{s}": 1 << (10 * (i + 1)) for i, p in enumerate("KMGT") for s in ("", "iB")}}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))} | {"kB": 1000}
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
+_SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*$")
 SIZE_HELP = "a size such as `512MiB`, `2G` (both powers of 1024) or `500MB` (powers of 1000)"
 
 # Limits. Below 64 MiB neither kernel boots; ext4 below 64 MiB holds no base image; the upper ones catch slips of the keyboard.
@@ -182,9 +182,9 @@ def line_of(text: str, path: tuple[str | int, ...]) -> int | None:
                 table = [part.strip().strip("\"'") for part in header[1].split(".")]
                 if table == keys:
                     return number
-            elif key := re.match(r"([A-Za-z0-9_.\"' -]+?)\s*=", stripped):
-                if [*table, *(part.strip().strip("\"'") for part in key[1].split("."))] == keys:
-                    return number
+            key = re.match(r"([A-Za-z0-9_.\"' -]+?)\s*=", stripped)
+            if key and [*table, *(part.strip().strip("\"'") for part in key[1].split("."))] == keys:
+                return number
         keys.pop()
     return None
 
@@ -251,6 +251,6 @@ def load(path: Path) -> Spec:
         raise SpecError(f"there is no {path}", hint="Write one (docs/spec.md), or name the directory that has it.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of tomllib: a number of 5,000 digits and brackets within brackets are not its own error
         raise SpecError(f"{path}: not valid TOML: {error}") from error
     return build(data, source=str(path), text=text, default_name=default_name(path.parent))

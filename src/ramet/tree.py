@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramet import process, userns
+from ramet import userns
 from ramet.errors import CommandError, HostError, ImageError
 from ramet.watch import Progress, allocated, watched
 
@@ -88,7 +88,7 @@ def mke2fs(tree: Path, disk: Path) -> list[str]:
 
 async def measure(tree: Path) -> Usage:
     """What a tree needs on disk."""
-    listing = await process.run(userns.argv("find", str(tree), "-xdev", "-printf", r"%y %s %b %n %D:%i\n"), deadline=DEADLINE, apart=True)
+    listing = await userns.run(("find", str(tree), "-xdev", "-printf", r"%y %s %b %n %D:%i\n"), deadline=DEADLINE, apart=True)
     return sum_up(listing.check("measuring a tree").output.splitlines())
 
 
@@ -121,6 +121,6 @@ async def _fill(what: str, tree: Path, disk: Path, size: int, usage: Usage, prog
                 raise
             raise HostError(f"the file system of {disk.parent} cannot hold a file of {size >> 20} MiB") from error
     # /dev/null: nothing from the host's configuration. It is read as the namespace's root, to which the tree belongs.
-    work = process.run(userns.argv(*mke2fs(tree, disk)), deadline=DEADLINE, env={"MKE2FS_CONFIG": "/dev/null"})
+    work = userns.run(mke2fs(tree, disk), deadline=DEADLINE, env={"MKE2FS_CONFIG": "/dev/null"})
     result = await watched(work, lambda: progress("writing the disk", min(1.0, allocated(disk) / max(usage.data, 1))))
     result.check(f"{what}: writing its disk")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pwd
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ramet import process
@@ -88,7 +89,7 @@ async def check() -> None:
             "or run Ramet as root.",
         )
     try:
-        (await process.run(argv("true"), deadline=30)).check("making a user namespace")
+        (await run(("true",), deadline=30)).check("making a user namespace")
     except CommandError as error:
         raise HostError(
             f"this host does not let user {user} make user namespaces: {error.details['log'] or error.message}",
@@ -104,6 +105,23 @@ def _read(path: str) -> str:
         return ""
 
 
+async def run(
+    command: Sequence[str],
+    *,
+    deadline: float,
+    root: bool = True,
+    mounts: bool = False,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    apart: bool = False,
+    on_line: Callable[[str], None] | None = None,
+) -> process.Finished:
+    """`process.run` of a command that dies with us and, with `root`, may own files as anybody. Errors name the command, not what wraps it."""
+    full = argv(*command, mounts=mounts) if root else dying(*command)
+    finished = await process.run(full, deadline=deadline, env=env, cwd=cwd, apart=apart, on_line=on_line)
+    return dataclasses.replace(finished, argv=tuple(command))
+
+
 async def remove(path: Path) -> None:
     """Remove a tree, also what belongs to subordinate ids. Never leaves the file system it is on, never follows a link."""
     if not os.path.lexists(path):
@@ -111,5 +129,5 @@ async def remove(path: Path) -> None:
     command: Sequence[str] = ("rm", "-rf", "--one-file-system", "--", str(path))
     result = await process.run(command, deadline=600)
     if rootless() and os.path.lexists(path):
-        result = await process.run(argv(*command), deadline=600)
+        result = await run(command, deadline=600)
     result.check(f"removing {path}")

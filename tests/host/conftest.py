@@ -97,7 +97,20 @@ def registries(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
             config["auth"] = {"htpasswd": {"realm": "test", "path": str(file)}}
         if tls:
             need("openssl")
-            make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+            make = [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-subj",
+                "/CN=localhost",
+                "-addext",
+                "subjectAltName=IP:127.0.0.1",
+                "-days",
+                "2",
+            ]
             paths = {"key": str(root / "key.pem"), "certificate": str(root / "cert.pem")}
             command = [*make, "-keyout", paths["key"], "-out", paths["certificate"]]
             subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
@@ -142,7 +155,12 @@ class User:
     def python(self, script: str, *arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
         """Run a Python script as this user, with the packages that this process has."""
         become = ["setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", "--init-groups", "--inh-caps=-all"]
-        env = {"HOME": str(self.home), "PATH": os.environ["PATH"], "PYTHONPATH": ":".join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {
+            "HOME": str(self.home),
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": ":".join(filter(None, sys.path)),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         command = [*become, sys.executable, "-c", script, *arguments]
         return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=timeout)
 
@@ -159,7 +177,9 @@ def user() -> Iterator[User]:
     try:
         entry = pwd.getpwnam(name)
         if not any(line.startswith(f"{name}:") for line in Path("/etc/subuid").read_text().splitlines()):
-            subprocess.run(["usermod", "--add-subuids", "900000-965535", "--add-subgids", "900000-965535", name], check=True, timeout=DEADLINE)
+            subprocess.run(
+                ["usermod", "--add-subuids", "900000-965535", "--add-subgids", "900000-965535", name], check=True, timeout=DEADLINE
+            )
         os.chown(home, entry.pw_uid, entry.pw_gid)
         yield User(name=name, uid=entry.pw_uid, gid=entry.pw_gid, home=home)
     finally:

@@ -35,10 +35,11 @@ def listing(archive: Path) -> list[str]:
 
 
 @needs_source
-async def test_every_line_of_the_fragment_takes_effect(cache: Path, tmp_path: Path) -> None:
+async def test_patches_apply_and_every_line_of_the_fragment_takes_effect(cache: Path, tmp_path: Path) -> None:
     tree = await own.unpack(await own.source(), tmp_path)
-    text = await own.configure(tree, own.fragment())
+    text = await own.configure(tree, own.shipped())
     assert "CONFIG_DAMON_RECLAIM=y" in text
+    assert "lapic_timer_hz" in (tree / "arch/x86/kernel/apic/apic.c").read_text()
 
 
 @needs_source

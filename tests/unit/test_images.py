@@ -50,7 +50,14 @@ def test_registry_references(text: str, transport: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "suite"),
-    [("debian:bookworm", "bookworm"), ("debian:12", "bookworm"), ("debian:13", "trixie"), ("debian:unstable", "sid"), ("debian:stable", "stable"), ("debian", "bookworm")],
+    [
+        ("debian:bookworm", "bookworm"),
+        ("debian:12", "bookworm"),
+        ("debian:13", "trixie"),
+        ("debian:unstable", "sid"),
+        ("debian:stable", "stable"),
+        ("debian", "bookworm"),
+    ],
 )
 def test_debian_without_a_registry_is_ours(text: str, suite: str) -> None:
     assert parse(text) == Debian(reference=text, suite=suite)
@@ -69,7 +76,24 @@ def test_local_references(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "Alpine", "alpine:", "a//b", "alpine:3 ", "-x", "--help", "docker://", "x@sha256:abc", "x@md5:" + "a" * 32, "oci:relative", "a:b:c", "al\npine", "../etc", "x" + chr(0)],
+    [
+        "",
+        " ",
+        "Alpine",
+        "alpine:",
+        "a//b",
+        "alpine:3 ",
+        "-x",
+        "--help",
+        "docker://",
+        "x@sha256:abc",
+        "x@md5:" + "a" * 32,
+        "oci:relative",
+        "a:b:c",
+        "al\npine",
+        "../etc",
+        "x" + chr(0),
+    ],
 )
 def test_bad_references(text: str) -> None:
     with pytest.raises(ImageError) as caught:
@@ -111,16 +135,27 @@ def test_credentials_of_docker_config(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_settings_of_a_config() -> None:
-    runtime = {"Env": ["A=1", "B=x=y", "C=", "bad", "=bad"], "User": "app:staff", "WorkingDir": "/srv", "Entrypoint": ["/run"], "Cmd": None, "Labels": {"a": "b"}}
+    runtime = {
+        "Env": ["A=1", "B=x=y", "C=", "bad", "=bad"],
+        "User": "app:staff",
+        "WorkingDir": "/srv",
+        "Entrypoint": ["/run"],
+        "Cmd": None,
+        "Labels": {"a": "b"},
+    }
     config = oci.read(oci.Config, json.dumps({"architecture": "amd64", "os": "linux", "config": runtime, "rootfs": {}}), "x")
-    assert oci.settings(config) == ImageConfig(env={"A": "1", "B": "x=y", "C": ""}, user="app:staff", workdir="/srv", entrypoint=("/run",), cmd=())
+    assert oci.settings(config) == ImageConfig(
+        env={"A": "1", "B": "x=y", "C": ""}, user="app:staff", workdir="/srv", entrypoint=("/run",), cmd=()
+    )
     assert oci.settings(oci.Config()) == ImageConfig()
     with pytest.raises(ImageError, match=r"config\.Env"):
         oci.read(oci.Config, '{"config": {"Env": "A=1"}}', "x")
 
 
 def _index(*platforms: tuple[str, str]) -> str:
-    entries = [{"digest": "sha256:" + f"{n}" * 64, "size": 1, "platform": {"os": o, "architecture": a}} for n, (o, a) in enumerate(platforms)]
+    entries = [
+        {"digest": "sha256:" + f"{n}" * 64, "size": 1, "platform": {"os": o, "architecture": a}} for n, (o, a) in enumerate(platforms)
+    ]
     return json.dumps({"schemaVersion": 2, "manifests": entries})
 
 
@@ -211,7 +246,16 @@ def test_what_skopeo_says(log: str, says: str) -> None:
 
 
 def test_usage_counts_hard_links_once_and_holes_not_at_all() -> None:
-    listing = ["d 4096 8 2 1:1", "f 5000 16 2 1:2", "f 5000 16 2 1:2", "f 1000000000 8 1 1:3", "l 5 0 1 1:4", "l 100 8 1 1:5", "c 0 0 1 1:6", "d 40 0 2 1:7"]
+    listing = [
+        "d 4096 8 2 1:1",
+        "f 5000 16 2 1:2",
+        "f 5000 16 2 1:2",
+        "f 1000000000 8 1 1:3",
+        "l 5 0 1 1:4",
+        "l 100 8 1 1:5",
+        "c 0 0 1 1:6",
+        "d 40 0 2 1:7",
+    ]
     assert tree.sum_up(listing) == tree.Usage(data=4096 + 8192 + 4096 + 4096 + 4096, inodes=7)
     assert tree.sum_up([]) == tree.Usage(data=0, inodes=0)
 
@@ -226,9 +270,15 @@ def test_a_disk_has_room_for_its_tree(data: int, inodes: int) -> None:
 
 
 def test_debian_digest_depends_on_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    twelve, codename = debian.digest(Debian(reference="debian:12", suite="bookworm"), "amd64"), debian.digest(Debian(reference="debian:bookworm", suite="bookworm"), "amd64")
+    twelve, codename = (
+        debian.digest(Debian(reference="debian:12", suite="bookworm"), "amd64"),
+        debian.digest(Debian(reference="debian:bookworm", suite="bookworm"), "amd64"),
+    )
     assert twelve == codename
-    others = {debian.digest(Debian(reference="x", suite="trixie"), "amd64"), debian.digest(Debian(reference="x", suite="bookworm"), "arm64")}
+    others = {
+        debian.digest(Debian(reference="x", suite="trixie"), "amd64"),
+        debian.digest(Debian(reference="x", suite="bookworm"), "arm64"),
+    }
     monkeypatch.setattr(debian, "PACKAGES", (*debian.PACKAGES, "git"))
     others.add(debian.digest(Debian(reference="x", suite="bookworm"), "amd64"))
     assert len(others | {twelve}) == 4

@@ -146,16 +146,18 @@ def test_dropped_names_the_lines_that_took_no_effect() -> None:
 
 
 def test_fragment_sets_each_symbol_once() -> None:
-    lines = [line.partition("=")[0] for line in own.fragment().splitlines() if line.startswith("CONFIG_")]
+    lines = [line.partition("=")[0] for line in own.shipped().fragment.splitlines() if line.startswith("CONFIG_")]
     assert sorted(lines) == sorted(set(lines))
 
 
-def test_cache_key_depends_on_fragment_version_and_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {own.cache_key("a", "1"), own.cache_key("a", "2"), own.cache_key("b", "1")}
+def test_cache_key_depends_on_fragment_patches_version_and_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = own.Recipe(fragment="a")
+    others = [own.Recipe(fragment="b"), own.Recipe(fragment="a", patches=("p",)), own.Recipe(fragment="a", patches=("p", "q"))]
+    keys = {plain.cache_key("1"), plain.cache_key("2"), *(other.cache_key("1") for other in others)}
     monkeypatch.setattr(own, "RECIPE", "own-0")
-    keys.add(own.cache_key("a", "1"))
-    assert len(keys) == 4
-    assert own.cache_key("a", "1") == own.cache_key("a", "1")
+    keys.add(plain.cache_key("1"))
+    assert len(keys) == 6
+    assert plain.key == own.Recipe(fragment="a").key
 
 
 # --- the cache ---
@@ -206,7 +208,7 @@ def test_clean_removes_what_a_killed_build_left(cache: Path) -> None:
 async def test_current_prefers_own_of_todays_recipe(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign = make_kernel(KernelKind.OWN, "0a", "older recipe", b"1")
     assert await kernels.current() == foreign
-    today = make_kernel(KernelKind.OWN, "0b", own.recipe(own.fragment()), b"2")
+    today = make_kernel(KernelKind.OWN, "0b", own.shipped().key, b"2")
     os.utime(today.image.parent / "kernel.json", (1, 1))
     assert await kernels.current() == today
     debian = make_kernel(KernelKind.DEBIAN, "0c", kernels.debian.RECIPE, b"3")
@@ -238,7 +240,7 @@ def source(monkeypatch: pytest.MonkeyPatch) -> own.Source:
 
 
 async def test_build_status_walks_its_states(cache: Path, source: own.Source) -> None:
-    name = own.cache_key(own.fragment(), source.version)
+    name = own.shipped().cache_key(source.version)
     assert (await kernels.build_status()).state == "none"
     with record.workshop(KernelKind.OWN) as (work, _):
         (work / "progress").write_text("0.250")
@@ -254,7 +256,7 @@ async def test_build_status_walks_its_states(cache: Path, source: own.Source) ->
     (cache / "kernels" / ".own-failed").write_text(json.dumps({"key": name, "message": "m", "log": "l"}))
     status = await kernels.build_status()
     assert (status.state, status.message, status.log) == ("failed", "m", "l")
-    make_kernel(KernelKind.OWN, name, own.recipe(own.fragment()))
+    make_kernel(KernelKind.OWN, name, own.shipped().key)
     assert (await kernels.build_status()).state == "ready"
 
 
@@ -270,7 +272,7 @@ async def test_a_build_that_fails_is_on_record(cache: Path, source: own.Source, 
 
 
 async def test_build_returns_what_is_there(cache: Path, source: own.Source) -> None:
-    kernel = make_kernel(KernelKind.OWN, own.cache_key(own.fragment(), source.version), "r")
+    kernel = make_kernel(KernelKind.OWN, own.shipped().cache_key(source.version), "r")
     assert await kernels.build(lambda _: None) == kernel
 
 

@@ -1,4 +1,4 @@
-"""Our own kernel: Debian's source, our configuration, everything built in. Built once on the host, in the background."""
+"""Our own kernel: Debian's source, our configuration and a few lines of patches, everything built in. Built once on the host, in the background."""
 
 from __future__ import annotations
 
@@ -23,14 +23,24 @@ from ramet.paths import share_dir
 SOURCE_PACKAGE = "linux-source-6.1"
 SOURCE_ARCHIVE = Path("usr/src/linux-source-6.1.tar.xz")
 RECIPE = "own-1"  # counts changes of how we build that are not in the fragment
-STEPS = 2000  # lines of make that report a step of the build; progress is counted against it
+STEPS = 2480  # lines of make that report a step of the build; progress is counted against it
 UNPACKED = 0.06  # share of the time that unpacking takes
 NICE = 15
 BUILD_DEADLINE = 6 * 3600.0  # seconds; 20 CPU-minutes are usual
 TAIL = 30  # lines
 
 # What the build needs, and the Debian package that has it.
-PROGRAMS = {"make": "make", "gcc": "gcc", "ld": "binutils", "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils", "tar": "tar"}
+PROGRAMS = {
+    "make": "make",
+    "gcc": "gcc",
+    "ld": "binutils",
+    "flex": "flex",
+    "bison": "bison",
+    "bc": "bc",
+    "xz": "xz-utils",
+    "tar": "tar",
+    "patch": "patch",
+}
 HEADERS = {"/usr/include/gelf.h": "libelf-dev"}
 
 # The same sources give the same kernel, and no line of it names the host it was built on.
@@ -65,24 +75,33 @@ class Source:
     archive: Path | None
 
 
-def fragment() -> str:
-    """Our configuration, as shipped."""
-    return (share_dir("kernel") / "ramet.config").read_text()
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What makes our kernel out of Debian's source. patches: their texts, in order."""
+
+    fragment: str
+    patches: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Equal for kernels that differ in the source's version only."""
+        return key(RECIPE, self.fragment, *self.patches)
+
+    def cache_key(self, source_version: str) -> str:
+        """The cache directory's name."""
+        return key(self.key, source_version)
 
 
-def recipe(fragment_text: str) -> str:
-    """What makes two own kernels equivalent apart from the source's version."""
-    return key(RECIPE, fragment_text)
-
-
-def cache_key(fragment_text: str, source_version: str) -> str:
-    """The cache directory's name."""
-    return key(RECIPE, fragment_text, source_version)
+def shipped() -> Recipe:
+    """Today's recipe."""
+    root = share_dir("kernel")
+    patches = tuple(path.read_text() for path in sorted((root / "patches").glob("*.patch")))
+    return Recipe(fragment=(root / "ramet.config").read_text(), patches=patches)
 
 
 def newest() -> Kernel | None:
-    """The newest own kernel built from today's configuration; else from an older one; None without any."""
-    found = cached(KernelKind.OWN, recipe(fragment())) or cached(KernelKind.OWN)
+    """The newest own kernel of today's recipe; else of another; None without any."""
+    found = cached(KernelKind.OWN, shipped().key) or cached(KernelKind.OWN)
     return found[0] if found else None
 
 
@@ -105,8 +124,8 @@ async def source() -> Source:
 
 
 async def build_status() -> BuildStatus:
-    """How the build of today's configuration stands; reads files only, so any process may ask. Raises HostError without a source."""
-    name = cache_key(fragment(), (await source()).version)
+    """How the build of today's recipe stands; reads files only, so any process may ask. Raises HostError without a source."""
+    name = shipped().cache_key((await source()).version)
     if load(kernels_dir() / name):
         return BuildStatus(state=BuildState.READY, fraction=1.0)
     lock = try_lock(KernelKind.OWN)
@@ -146,50 +165,53 @@ async def build(progress: Progress, *, lock: int | None = None) -> Kernel:
     (with the log's tail in the details) when something fails; then the failure is also on record for `build_status`.
     """
     with workshop(KernelKind.OWN, lock) as (work, fd):
-        text, name = fragment(), ""
+        recipe, name = shipped(), ""
         try:
             found = await source()
-            name = cache_key(text, found.version)
+            name = recipe.cache_key(found.version)
             if kernel := load(kernels_dir() / name):
                 return kernel
             _failed().unlink(missing_ok=True)
-            return await _build(work, fd, text, found, progress)
+            return await _build(work, fd, recipe, found, progress)
         except RametError as error:
             record = {"key": name, "message": error.message, "log": error.details.get("log", "")}
             _failed().write_text(json.dumps(record))
             raise
 
 
-async def configure(tree: Path, fragment_text: str, *, pass_fds: tuple[int, ...] = ()) -> str:
-    """Write the tree's .config from the fragment, and check that every line took effect; return it. Raises HostError with the names."""
-    (tree / "ramet.config").write_text(fragment_text)
+async def configure(tree: Path, recipe: Recipe, *, pass_fds: tuple[int, ...] = ()) -> str:
+    """Patch the tree, write its .config, and check that every line of the fragment took effect; return it. Raises HostError with the names."""
+    for patch in recipe.patches:
+        argv = ["patch", "-p1", "--batch", "--forward", "--directory", str(tree)]
+        (await process.run(argv, deadline=60, input=patch.encode(), pass_fds=pass_fds)).check("patching the kernel's source")
+    (tree / "ramet.config").write_text(recipe.fragment)
     argv = ["make", "-C", str(tree), "-s", "allnoconfig", "KCONFIG_ALLCONFIG=ramet.config"]
     (await process.run(argv, deadline=600, env=_ENV, nice=NICE, pass_fds=pass_fds)).check("configuring the kernel")
     text = (tree / ".config").read_text()
-    if dropped := config.dropped(fragment_text, text):
+    if dropped := config.dropped(recipe.fragment, text):
         raise HostError(f"Kconfig dropped {len(dropped)} lines of the configuration: {dropped[0]}", details={"log": "\n".join(dropped)})
     return text
 
 
-async def unpack(found: Source, work: Path, *, members: tuple[str, ...] = (), pass_fds: tuple[int, ...] = ()) -> Path:
-    """Unpack the source (downloaded first when it is not installed) under `work`; return the tree. members: only these, for tests."""
+async def unpack(found: Source, work: Path, *, pass_fds: tuple[int, ...] = ()) -> Path:
+    """Unpack the source (downloaded first when it is not installed) under `work`; return the tree."""
     archive = found.archive or await download(SOURCE_PACKAGE, found.version, work) / SOURCE_ARCHIVE
     tree = work / "source"
     tree.mkdir()
-    argv = ["tar", "-xJf", str(archive), "-C", str(tree), "--strip-components=1", *members]
+    argv = ["tar", "-xJf", str(archive), "-C", str(tree), "--strip-components=1"]
     (await process.run(argv, deadline=1800, nice=NICE, pass_fds=pass_fds)).check("unpacking the kernel's source")
     return tree
 
 
-async def _build(work: Path, lock: int, text: str, found: Source, progress: Progress) -> Kernel:
-    """Unpack, configure, make, strip, publish."""
+async def _build(work: Path, lock: int, recipe: Recipe, found: Source, progress: Progress) -> Kernel:
+    """Unpack, patch, configure, make, strip, publish."""
     if lacking := missing_tools():
         packages = " ".join(sorted(set(lacking.values())))
         raise HostError(f"building the kernel needs {', '.join(sorted(lacking))}", hint=f"As root: apt-get install {packages}")
     report = _reporter(work / "progress", progress)
     report(0.0)
     tree = await unpack(found, work, pass_fds=(lock,))
-    configured = await configure(tree, text, pass_fds=(lock,))
+    configured = await configure(tree, recipe, pass_fds=(lock,))
     report(UNPACKED)
     await _make(tree, lock, lambda done: report(UNPACKED + (0.99 - UNPACKED) * done))
     staged = work / "staged"
@@ -198,7 +220,7 @@ async def _build(work: Path, lock: int, text: str, found: Source, progress: Prog
     await process.output(["strip", "-o", str(staged / "vmlinux"), str(tree / "vmlinux")], deadline=120, what="stripping the kernel")
     version = f"{(tree / 'include/config/kernel.release').read_text().strip()} ({found.version})"
     kernel = await asyncio.to_thread(
-        publish, staged, cache_key(text, found.version), kind=KernelKind.OWN, version=version, image="vmlinux", recipe=recipe(text)
+        publish, staged, recipe.cache_key(found.version), kind=KernelKind.OWN, version=version, image="vmlinux", recipe=recipe.key
     )
     report(1.0)
     return kernel

@@ -1,0 +1,84 @@
+"""The daemon from outside: is one running, start one, end it. Light to import, for every command line begins here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+
+from ramet import process
+from ramet.errors import DaemonError
+from ramet.paths import StateDir
+
+START_DEADLINE = 30.0
+STOP_DEADLINE = 60.0
+READY = b"ready\n"
+
+
+async def ensure_running(state: StateDir | None = None) -> None:
+    """Start a daemon for the state directory when none runs; returns when it answers. DaemonError shows its log's tail."""
+    state = state or StateDir.default()
+    if status(state):
+        return
+    state.create()
+    reader, writer = os.pipe()
+    try:
+        process.spawn_detached([sys.executable, "-m", "ramet.daemon", str(state.root), str(writer)], log=state.log, pass_fds=[writer])
+    finally:
+        os.close(writer)
+    answer = await _read_all(reader, START_DEADLINE)
+    if answer != READY and not status(state):  # another may have won the race
+        tail = "\n".join(state.log.read_text(errors="replace").splitlines()[-process.TAIL_LINES :])
+        raise DaemonError("the daemon did not start", hint=f"See {state.log}.", details={"log": tail})
+
+
+def status(state: StateDir) -> dict[str, object] | None:
+    """pid and url of the running daemon; None when none holds the state directory."""
+    try:
+        fd = os.open(state.lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with contextlib.suppress(OSError, ValueError):
+            found: dict[str, object] = json.loads(state.daemon.read_text())
+            return found
+        return None
+    finally:
+        os.close(fd)
+    return None
+
+
+async def stop(state: StateDir) -> bool:
+    """End the running daemon; its machines run on. False when none ran."""
+    found = status(state)
+    if not found:
+        return False
+    pid = int(str(found["pid"]))
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGTERM)
+            if not await process.gone(fd, STOP_DEADLINE):
+                raise DaemonError(f"the daemon (pid {pid}) did not end within {STOP_DEADLINE:.0f} s")
+        finally:
+            os.close(fd)
+    return True
+
+
+async def _read_all(fd: int, deadline: float) -> bytes:
+    """What comes through a pipe until its end or the deadline (seconds); closes it."""
+    stream = asyncio.StreamReader()
+    with open(fd, "rb") as file:
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), file)
+        try:
+            return await asyncio.wait_for(stream.read(), deadline)
+        except TimeoutError:
+            return b""
+        finally:
+            transport.close()

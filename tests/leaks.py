@@ -1,0 +1,204 @@
+"""What a test may leave behind: processes, mounts, descriptors, network devices, cgroups, sockets and half-made files. A snapshot before, a comparison after.
+
+Everything that the tests start carries TMPDIR=SCRATCH in its environment (`ramet.process` passes that name on), so that a daemonised QEMU is told from a stranger's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ramet import process
+from ramet.paths import StateDir
+
+PATIENCE = 10.0  # seconds that what is ending gets to end: a killed QEMU with its memory, on a busy host
+_NAP = 0.05
+
+
+@dataclass
+class Scratch:
+    """The directory below which a test session does everything, and the state directories in it."""
+
+    root: Path
+    states: list[StateDir] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Process:
+    pid: int
+    started: int
+    command: str
+
+
+Snapshot = dict[str, set[str]]
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(pid: int) -> int:
+    stat = _read(f"/proc/{pid}/stat").decode(errors="replace").rpartition(")")[2].split()
+    return int(stat[1]) if len(stat) > 1 else 0
+
+
+def _is_ours(pid: int, mark: bytes) -> bool:
+    """By its environment or its command line: both stay when a process is daemonised."""
+    return mark in _read(f"/proc/{pid}/environ") or mark in _read(f"/proc/{pid}/cmdline")
+
+
+def _holds(pid: int, root: str) -> bool:
+    with contextlib.suppress(OSError):
+        for fd in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(fd.path).startswith(root):
+                    return True
+    return False
+
+
+def descendants(of: int) -> set[int]:
+    """The processes below one, by their parents."""
+    found: set[int] = set()
+    todo = [of]
+    while todo:
+        pid = todo.pop()
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            children = {int(word) for word in _read(str(task)).split()}
+            todo += children - found
+            found |= children
+    return found
+
+
+def processes(scratch: Scratch, *, thorough: bool) -> dict[int, Process]:
+    """Our descendants and, thoroughly, every process of the system that works in the scratch directory."""
+    pids = descendants(os.getpid())
+    if thorough:
+        mark, root = os.fsencode(scratch.root), str(scratch.root)
+        everyone = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+        pids |= {pid for pid in everyone - pids if _is_ours(pid, mark) or _holds(pid, root)}
+        pids -= _ancestors()
+    found = {}
+    for pid in pids:
+        if (started := process.start_time(pid)) is not None:
+            command = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+            found[pid] = Process(pid, started, command[:200] or "?")
+    return found
+
+
+def _ancestors() -> set[int]:
+    """Those above us: the shell that started pytest with TMPDIR set is not the tests' doing."""
+    found = set()
+    pid = os.getppid()
+    while pid > 1:
+        found.add(pid)
+        pid = _parent(pid)
+    return found
+
+
+def _mounts(scratch: Scratch) -> set[str]:
+    return {line for line in _read("/proc/self/mountinfo").decode(errors="replace").splitlines() if str(scratch.root) in line}
+
+
+def _fds() -> set[str]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
+    return {each for each in found if not each.endswith(("[eventpoll]", f"/proc/{os.getpid()}/fd"))}
+
+
+def _networks() -> set[str]:
+    names = {f"device {path.name}" for path in Path("/sys/class/net").iterdir()}
+    if (spaces := Path("/run/netns")).is_dir():
+        names |= {f"namespace {path.name}" for path in spaces.iterdir()}
+    return names
+
+
+def _cgroups() -> set[str]:
+    """Empty groups only: one with a process in it is somebody's, and if that is ours, the process is named."""
+    found = set()
+    for group in [*Path("/sys/fs/cgroup").glob("ramet/*/cgroup.procs"), *Path("/sys/fs/cgroup").glob("*/ramet/*/cgroup.procs")]:
+        with contextlib.suppress(OSError):
+            if not group.read_text().strip():
+                found.add(str(group.parent))
+    return found
+
+
+def _unowned(state: StateDir) -> set[str]:
+    """Files of a state directory that belong to no machine, no image and no running maker."""
+    if not state.root.is_dir():
+        return set()
+    known: set[str] = set()
+    if state.database.exists():
+        with contextlib.closing(sqlite3.connect(f"file:{state.database}?mode=ro", uri=True)) as database, contextlib.suppress(sqlite3.Error):
+            known = {row[0] for row in database.execute("SELECT id FROM machines")}
+    found = {str(path) for path in state.machines.glob("*") if path.name not in known}
+    for path in state.machines.glob("*/*"):
+        if path.suffix == ".new" or (path.suffix == ".sock" and _is_free(path.parent / "lock")):
+            found.add(str(path))
+    found |= {str(path) for path in state.images.glob(".work-*") if _is_free(path)}
+    return found | {str(path) for path in state.root.glob("*.new")}
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody holds the flock on a path."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def snapshot(scratch: Scratch, *, thorough: bool) -> Snapshot:
+    """Everything there is now, by kind, in words. thorough: with what only tests that run machines can leave."""
+    found = {
+        "process": {f"{p.pid} ({p.started}): {p.command}" for p in processes(scratch, thorough=thorough).values()},
+        "descriptor": _fds(),
+    }
+    if thorough:
+        found |= {
+            "mount": _mounts(scratch),
+            "network": _networks(),
+            "cgroup": _cgroups(),
+            "file": set().union(*map(_unowned, scratch.states)),
+            "temporary file": {str(path) for path in (scratch.root / "tmp").iterdir()},
+        }
+    return found
+
+
+def left(before: Snapshot, look: Callable[[], Snapshot]) -> list[str]:
+    """What is there now and was not before, after what is ending has had time to end."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        now = look()
+        new = [f"{kind}: {each}" for kind, all_now in now.items() for each in sorted(all_now - before.get(kind, set()))]
+        if not new or time.monotonic() > deadline:
+            return new
+        time.sleep(_NAP)  # the end of strangers' processes, of the kernel's work on a cgroup: no event to wait for
+
+
+def clean_up(scratch: Scratch, before: Snapshot, *, thorough: bool) -> None:
+    """End the processes and unmount the mounts that a test left."""
+    for each in processes(scratch, thorough=thorough).values():
+        if f"{each.pid} ({each.started}): {each.command}" not in before["process"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each.pid, signal.SIGKILL)
+    for line in _mounts(scratch) - before.get("mount", set()) if thorough else ():
+        subprocess.run(["umount", "-l", line.split()[4]], check=False)
