@@ -91,7 +91,7 @@ void dial_open(uint32_t stream, const struct request *r)
 	s->out[0].exists = true;
 	s->connecting = true;
 	if (r->timeout_ms)
-		s->deadline = now_ms() + r->timeout_ms + 1;
+		s->deadline = deadline_after(r->timeout_ms);
 	if (result == 0)
 		established(s);
 }

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,7 +15,7 @@
 #include "exec.h"
 #include "user.h"
 
-enum { CHILD_STACK = 16 * 1024, PATH_SIZE = 4096 };
+enum { CHILD_STACK = 16 * 1024, PATH_SIZE = 4096, AGENT_NICE = -20 };
 
 static const char default_path[] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -30,9 +30,12 @@ struct task {
 
 /* -1 as PID 1, which the out-of-memory killer leaves alone anyway. */
 static int oom_fd = -1;
+static bool boosted;
 
 void exec_begin(bool first_process)
 {
+	/* In a guest full of busy processes the agent must still come to its turn. */
+	boosted = setpriority(PRIO_PROCESS, 0, AGENT_NICE) == 0;
 	if (first_process)
 		return;
 	oom_fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
@@ -257,6 +260,10 @@ pid_t exec_launch(const struct launch *l, char *message, size_t size)
 	oom_exempt(false);
 	pid_t pid = builtin ? launch_builtin(&t, message, size) : launch_program(&t, message, size);
 	int error = errno;
+	/* Only now: the agent sleeps until the child has executed its program, so until then the child needs the agent's priority too. Its group, in
+	 * case it has forked already. */
+	if (pid > 0 && boosted)
+		setpriority(builtin ? PRIO_PROCESS : PRIO_PGRP, (id_t)pid, 0);
 	oom_exempt(true);
 	errno = error;
 	return pid;

@@ -70,8 +70,15 @@ enum framer_result framer_next(struct framer *f, struct frame *out)
 	}
 	if (f->end - f->start < FRAME_HEADER + length)
 		return FRAMER_MORE;
+	/* Zeros follow a frame only when somebody starts anew, and then some of them may have filled this one up: half of it could be made up. */
+	uint32_t next = f->start + FRAME_HEADER + length;
+	if (p[0] != T_SYNC && next < f->end && f->buf[next] == 0) {
+		f->start = next;
+		framer_lose(f);
+		return FRAMER_BAD;
+	}
 	*out = (struct frame){p[0], p[1], get32(p + 4), length, p + FRAME_HEADER};
-	f->start += FRAME_HEADER + length;
+	f->start = next;
 	f->lost = false;
 	f->zeros = 0;
 	return FRAMER_FRAME;

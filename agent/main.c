@@ -5,10 +5,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include "boot.h"
@@ -21,27 +21,33 @@
 #include "pump.h"
 #include "serve.h"
 
-enum { FILES_SOFT = 8192, FILES_HARD = 1048576 };
+enum { FILES_SOFT = 8192, FILES_HARD = 1048576, POWER_GRACE_MS = 3000 };
 
-static int child_signals = -1;
+/* What the poweroff and halt of busybox, sysvinit and systemd send to PID 1. */
+static const int power_signals[] = {SIGUSR1, SIGUSR2, SIGPWR, 34 + 3, 34 + 4};
+
+static int signals = -1;
 
 static void block_signals(void)
 {
 	/* Blocked, not ignored: a child gets a clean mask with one call, and writing to a closed pipe still only fails. */
-	sigset_t all, child;
-	sigfillset(&all);
-	sigprocmask(SIG_SETMASK, &all, NULL);
-	sigemptyset(&child);
-	sigaddset(&child, SIGCHLD);
-	child_signals = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
+	sigset_t taken;
+	static const uint64_t all = ~(uint64_t)0; /* musl's sigfillset() keeps a few for itself */
+	syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, NULL, sizeof all);
+	sigemptyset(&taken);
+	sigaddset(&taken, SIGCHLD);
+	for (size_t i = 0; i < sizeof power_signals / sizeof *power_signals; i++)
+		sigaddset(&taken, power_signals[i]);
+	signals = signalfd(-1, &taken, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
-static void reap(void)
+static void take_signal(void)
 {
-	struct signalfd_siginfo ignored;
+	struct signalfd_siginfo s;
 	int status;
 	pid_t pid;
-	(void)!read(child_signals, &ignored, sizeof ignored);
+	if (read(signals, &s, sizeof s) == sizeof s && s.ssi_signo != SIGCHLD && getpid() == 1)
+		power_off_soon(POWER_GRACE_MS);
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 		proc_reaped(pid, status);
 }
@@ -57,22 +63,25 @@ static int sleep_ms(void)
 	return sooner(ms, sooner(port_retry_ms(), power_due(port_empty())));
 }
 
-static _Noreturn void loop(void)
+static _Noreturn void loop(bool test)
 {
 	static struct pollfd fds[2 + PUMP_POLL_MAX];
 	bool backlog = false, more = false;
 	for (;;) {
 		fds[0] = port_pollfd(!backlog);
-		fds[1] = (struct pollfd){.fd = child_signals, .events = POLLIN};
+		fds[1] = (struct pollfd){.fd = signals, .events = POLLIN};
 		int n = pump_poll(fds + 2);
 		if (poll(fds, (nfds_t)n + 2, more && port_empty() ? 0 : sleep_ms()) < 0)
 			continue;
 		/* What was polled comes first: nothing before it may open a descriptor that has a polled one's number. */
 		pump_polled(fds + 2, n);
 		if (fds[1].revents)
-			reap();
-		if (port_event(fds[0].revents) == PORT_GONE)
+			take_signal();
+		if (port_event(fds[0].revents) == PORT_GONE) {
 			serve_disconnect();
+			if (test)
+				power_off_soon(0);
+		}
 		do {
 			backlog = serve_input();
 			more = pump_emit();
@@ -99,11 +108,12 @@ int main(int argc, char **argv)
 		boot_machine(&boot, argv[0]);
 	mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT);
 	slots_begin();
-	exec_begin(getpid() == 1);
+	if (!boot.test)
+		exec_begin(getpid() == 1);
 	port_begin(boot.port_fd);
 	metrics_begin(boot.proc_fd);
 	serve_begin(boot.proc_fd);
 	power_begin(boot.test ? POWER_EXIT : getpid() == 1 ? POWER_SELF : POWER_ASK_INIT);
 	boot_ready();
-	loop();
+	loop(boot.test);
 }

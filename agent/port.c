@@ -48,9 +48,9 @@ static bool hung_up(void)
 
 static enum port_event gone(void)
 {
-	if (!is_port)
-		_exit(0);
 	struct epoll_event ignored;
+	if (!is_port)
+		return PORT_GONE;
 	host_gone = true;
 	full = false;
 	port_forget_output();

@@ -5,7 +5,7 @@
 #include <poll.h>
 #include "frame.h"
 
-/* fd is non-blocking. A socket or pipe instead of a port (for tests): its end is the end of the agent. */
+/* fd is non-blocking. A socket or pipe instead of a port (for tests): PORT_GONE is for good then. */
 void port_begin(int fd);
 extern struct framer port_in;
 

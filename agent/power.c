@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 #include "power.h"
+#include "proc.h"
 #include "slot.h"
 
 enum {
@@ -95,8 +96,10 @@ void power_off_now(void)
 
 static void shut_down(void)
 {
-	if (mode == POWER_EXIT)
+	if (mode == POWER_EXIT) {
+		proc_kill_all();
 		_exit(0);
+	}
 	if (mode == POWER_SELF) {
 		kill(-1, SIGTERM);
 		kill(-1, SIGCONT);

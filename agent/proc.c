@@ -100,7 +100,7 @@ static void adopt(struct slot *s, const struct plumbing *p, const struct request
 		s->out[c].exists = p->ours[c + 1] >= 0;
 	}
 	if (given(r, TAG_TIMEOUT))
-		s->deadline = now_ms() + r->timeout_ms + 1;
+		s->deadline = deadline_after(r->timeout_ms);
 	describe(s, r);
 }
 
@@ -342,10 +342,9 @@ int proc_deadlines(void)
 	return next - now > 60000 ? 60000 : (int)(next - now) + 1;
 }
 
-int proc_running(void)
+void proc_kill_all(void)
 {
-	int n = 0;
 	for (struct slot *s = slots; s < slots + slots_top; s++)
-		n += s->kind == PROCESS && s->pid != 0;
-	return n;
+		if (s->kind == PROCESS)
+			kill_group(s, SIGKILL);
 }

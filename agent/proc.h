@@ -24,7 +24,7 @@ void proc_end_result(const struct slot *s, enum end_kind *kind, int *code);
 
 /* Carries out what is due; milliseconds to the next deadline, or -1. */
 int proc_deadlines(void);
-int proc_running(void);
+void proc_kill_all(void);
 
 /* Open on /dev/null since before the guest could have taken it away. */
 extern int null_fd;

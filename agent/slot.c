@@ -158,3 +158,9 @@ uint64_t now_ms(void)
 	clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
 	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
+
+uint64_t deadline_after(uint64_t ms)
+{
+	enum { TICK_MS = 4 };
+	return ms > UINT32_MAX * (uint64_t)1000 ? 0 : now_ms() + ms + TICK_MS;
+}

@@ -84,5 +84,7 @@ uint8_t *slot_kept(const struct slot *s, int channel);
 uint8_t *slot_pending(const struct slot *s);
 
 uint64_t now_ms(void);
+/* Not before that many milliseconds from now, as the clock only ticks; a time beyond any machine's life is as good as none. */
+uint64_t deadline_after(uint64_t ms);
 
 #endif

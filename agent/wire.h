@@ -29,7 +29,10 @@ enum end_kind { END_EXITED, END_SIGNALED, END_FAILED, END_TIMEOUT, END_DETACHED 
 enum op { OP_PING = 1, OP_EXEC, OP_ATTACH, OP_LIST, OP_SIGNAL, OP_RESIZE, OP_FORGET, OP_METRICS, OP_DIAL, OP_POWEROFF, OP_LAST };
 enum { OPEN_PTY = 1, OPEN_DETACH = 2, OPEN_STDIN = 4, OPEN_BUILTIN = 8, OPEN_FLAGS = 15 };
 
-enum tag { TAG_ARG = 1, TAG_ENV, TAG_CWD, TAG_USER, TAG_TIMEOUT, TAG_ROWS, TAG_COLS, TAG_PROCESS, TAG_SIGNAL, TAG_NAME, TAG_HOST, TAG_PORT, TAG_GRACE, TAG_LAST };
+enum tag {
+	TAG_ARG = 1, TAG_ENV, TAG_CWD, TAG_USER, TAG_TIMEOUT, TAG_ROWS, TAG_COLS, TAG_PROCESS, TAG_SIGNAL, TAG_NAME, TAG_HOST, TAG_PORT, TAG_GRACE,
+	TAG_LAST,
+};
 
 static inline uint16_t get16(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
 static inline uint32_t get32(const uint8_t *p) { return get16(p) | (uint32_t)get16(p + 2) << 16; }

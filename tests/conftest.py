@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # Machines outlive a test, and so must the loop that holds their connections.
         shared = tier(item) == "machine"
         item.add_marker(pytest.mark.asyncio(loop_scope="session" if shared else "function"), append=False)
-        item.fixturenames.insert(0, "tasks_of_session" if shared else "tasks_of_function")
+        item.fixturenames.append("tasks_of_session" if shared else "tasks_of_function")  # the last to begin, after wider scopes
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,10 @@ explain() {
     tail -n 15 "$log" | sed 's/^/  | /' >&2
     if grep -qiE 'no space left|quota exceeded|os error 28' "$log"; then
         die "$1: the disk is full." "About $need_mb MB are needed in $venv and $cache." "RAMET_VENV, RAMET_CACHE and UV_CACHE_DIR may name other places."
+    elif grep -qiE 'certificate.?verify|invalid peer certificate|unknownissuer' "$log"; then
+        die "$1: the package index shows a certificate that this computer does not trust." \
+            "Where your network has a certificate authority of its own: put its certificate into /usr/local/share/ca-certificates" \
+            "and run update-ca-certificates (as root), or name a bundle that has it in PIP_CERT and SSL_CERT_FILE."
     elif grep -qiE 'dns error|name resolution|resolving|failed to (connect|fetch)|connection (refused|reset)|timed? ?out|unreachable|no matching distribution' "$log"; then
         die "$1: the package index cannot be reached." "Look at the network and at https_proxy; then run the same command again." \
             "A mirror of your own: set PIP_INDEX_URL and UV_DEFAULT_INDEX to it."
@@ -74,7 +78,7 @@ find_python() {
     for python in ${RAMET_PYTHON:-python3 /usr/bin/python3 python3.13 python3.12 python3.11}; do
         version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.version_info >= (3, 11))' 2> /dev/null) || continue
         case $version in
-            *True) python=$("$python" -c 'import sys; print(sys.executable)') && return ;;
+            *True) python=$(command -v "$python") && return ;;
             *) found="$found $python (${version% *})" ;;
         esac
     done
@@ -89,8 +93,10 @@ find_uv() {
     [ ! -x "$uv" ] || return 0
     installer=$python
     if ! "$python" -m pip --version > /dev/null 2>&1; then
-        uv=$(command -v uv || :)
-        [ -z "$uv" ] || return 0
+        if command -v uv > /dev/null; then
+            uv=uv
+            return
+        fi
         install_pip
     fi
     rm -rf "$cache/uv-$version.new"
@@ -104,8 +110,10 @@ install_pip() {
     if ! command -v apt-get > /dev/null; then
         die "$python has no pip, and this is not Debian: install pip for it, then run the same command again."
     elif [ "$(id -u)" != 0 ]; then
-        die "$python has no pip. Run this once (it needs root, for it installs a Debian package), then the same command again:" \
-            "sudo apt-get install python3-pip"
+        # Modules of ours that need no package know what else will be missing: one command for the administrator, not two.
+        command=$(PYTHONPATH=$root/src "$python" -B -c 'from ramet import packages; print(packages.command(packages.missing()))' 2> /dev/null) || command=
+        die "$python has no pip. Run this once (it needs root, for it installs Debian packages), then the same command again:" \
+            "${command:-sudo apt-get install --no-install-recommends} python3-pip"
     fi
     say "$python has no pip: installing Debian's package python3-pip."
     step "Debian's package lists" apt-get -q update
@@ -115,8 +123,6 @@ install_pip() {
 
 make_venv() {
     unset VIRTUAL_ENV PYTHONPATH PYTHONHOME
-    # The host's certificates, where it has them: companies add their own.
-    [ ! -r /etc/ssl/certs/ca-certificates.crt ] || export UV_SYSTEM_CERTS=1
     export UV_PROJECT_ENVIRONMENT="$venv" UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1
     if [ -e "$venv" ] && ! "$venv/bin/python" -c '' 2> /dev/null; then
         [ -f "$venv/pyvenv.cfg" ] || die "$venv is there, but is no Python environment; not touching it." "RAMET_VENV may name another place."
@@ -161,6 +167,9 @@ main() {
     if [ "$(cat "$venv/ramet-stamp" 2> /dev/null)" = "$(printf '%s %s\n%s' "$lock" "$group" "$root")" ] && [ -x "$venv/bin/python" ]; then
         return
     fi
+    # The host's certificates, where it has them: companies add their own.
+    bundle=/etc/ssl/certs/ca-certificates.crt
+    [ ! -r "$bundle" ] || export UV_SYSTEM_CERTS=1 PIP_CERT="${PIP_CERT:-$bundle}"
     start=$(date +%s)
     find_python
     find_uv

@@ -66,11 +66,26 @@ static void test_frames(void)
 	start();
 	CHECK(framer_next(&framer, &f) == FRAMER_MORE);
 	feed_frame(T_DATA, 0, 7, "hello", 5);
-	feed_zeros(5);
 	feed_frame(T_EOF, 0, 0x01020304, NULL, 0);
 	CHECK(framer_next(&framer, &f) == FRAMER_FRAME && f.type == T_DATA && f.stream == 7 && f.length == 5 && memcmp(f.payload, "hello", 5) == 0);
 	CHECK(framer_next(&framer, &f) == FRAMER_FRAME && f.type == T_EOF && f.stream == 0x01020304 && f.length == 0);
 	CHECK(framer_next(&framer, &f) == FRAMER_MORE);
+}
+
+/* What the zeros of a new connection filled up is not delivered as if the old one had sent it. */
+static void test_filled_up(void)
+{
+	struct frame f;
+	start();
+	uint8_t header[FRAME_HEADER];
+	frame_header(header, T_DATA, 0, 7, 100);
+	feed(header, sizeof header);
+	feed("half", 4);
+	CHECK(framer_next(&framer, &f) == FRAMER_MORE);
+	feed_zeros(1000);
+	CHECK(framer_next(&framer, &f) == FRAMER_BAD);
+	feed_frame(T_SYNC, 0, 0, nonce, NONCE_SIZE);
+	CHECK(finds_sync());
 }
 
 static void test_byte_by_byte(void)
@@ -276,6 +291,7 @@ static void test_ring(void)
 int main(void)
 {
 	test_frames();
+	test_filled_up();
 	test_byte_by_byte();
 	test_largest();
 	test_before_sync();

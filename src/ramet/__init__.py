@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ramet.client import AsyncMachine as AsyncMachine
+    from ramet.aio import AsyncMachine as AsyncMachine
     from ramet.sdk import Machine as Machine
 
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return Machine
     if name == "AsyncMachine":
-        from ramet.client import AsyncMachine
+        from ramet.aio import AsyncMachine
 
         return AsyncMachine
     raise AttributeError(name)

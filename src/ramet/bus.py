@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 
 from ramet.errors import DaemonError
@@ -11,35 +12,48 @@ from ramet.model import Event
 _BACKLOG = 1000
 
 
+class _Subscription(AsyncIterator[Event]):
+    """One listener's events. A class and not a generator: one that never began would never be told that it ended."""
+
+    def __init__(self, machine: str) -> None:
+        self._machine = machine
+        self._queue: asyncio.Queue[Event] = asyncio.Queue(_BACKLOG)
+        self._lost = False
+        self._closed = False
+
+    def offer(self, event: Event) -> None:
+        if self._machine in ("", event.machine) and not self._closed:
+            try:
+                self._queue.put_nowait(event)
+            except asyncio.QueueFull:
+                self._lost = True
+
+    async def __anext__(self) -> Event:
+        if self._closed:
+            raise StopAsyncIteration
+        if self._lost and self._queue.empty():
+            await self.aclose()
+            raise DaemonError(
+                "events were lost: this listener was too slow", hint="Subscribe again, and read `ramet list` for what was missed."
+            )
+        return await self._queue.get()
+
+    async def aclose(self) -> None:
+        self._closed = True
+
+
 class Bus:
     """Publish and subscribe, inside one event loop."""
 
     def __init__(self) -> None:
-        self._queues: dict[asyncio.Queue[Event], str] = {}
-        self._lost: set[asyncio.Queue[Event]] = set()
+        self._subscriptions: weakref.WeakSet[_Subscription] = weakref.WeakSet()  # a listener that is gone is forgotten
 
     def publish(self, event: Event) -> None:
-        for queue, machine in list(self._queues.items()):
-            if machine in ("", event.machine):
-                try:
-                    queue.put_nowait(event)
-                except asyncio.QueueFull:
-                    self._lost.add(queue)
+        for subscription in list(self._subscriptions):
+            subscription.offer(event)
 
     def subscribe(self, machine: str) -> AsyncIterator[Event]:
         """Events from this call on; machine: only this one's, empty: all."""
-        queue: asyncio.Queue[Event] = asyncio.Queue(_BACKLOG)
-        self._queues[queue] = machine
-        return self._iterate(queue)
-
-    async def _iterate(self, queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-        try:
-            while True:
-                yield await queue.get()
-                if queue in self._lost and queue.empty():
-                    raise DaemonError(
-                        "events were lost: this listener was too slow", hint="Subscribe again, and read `ramet list` for what was missed."
-                    )
-        finally:
-            self._queues.pop(queue, None)
-            self._lost.discard(queue)
+        subscription = _Subscription(machine)
+        self._subscriptions.add(subscription)
+        return subscription

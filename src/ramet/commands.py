@@ -84,9 +84,11 @@ class Forward:
             assert task and forward
             forward._tasks.add(task)
             task.add_done_callback(forward._tasks.discard)
-            with contextlib.suppress(RametError, OSError):
+            try:
                 await _relay(guest(), port.guest, reader, writer)
-            writer.transport.abort() if writer.is_closing() else writer.close()
+                writer.close()
+            except (RametError, OSError, asyncio.CancelledError):  # the last: of `close`; asyncio's streams would log it as an error
+                writer.transport.abort()
 
         try:
             server = await asyncio.start_server(serve, "127.0.0.1", port.host, limit=CHUNK)
@@ -115,15 +117,22 @@ async def _relay(guest: Guest, port: int, reader: asyncio.StreamReader, writer: 
             await stream.write(data)
         stream.eof()
 
-    up = asyncio.create_task(upward())
-    try:
+    async def downward() -> None:
         while not isinstance(event := await stream.next(), agentwire.End):
             if isinstance(event, Output):
                 writer.write(event.data)
                 await writer.drain()
             elif isinstance(event, agentwire.Eof):
                 writer.write_eof()
+
+    up, down = asyncio.create_task(upward()), asyncio.create_task(downward())
+    try:
+        await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
+        if not down.done():
+            up.result()  # a client that broke off ends the connection inside too; one that only has no more to say does not
+            await down
     finally:
         stream.close()
         up.cancel()
-        await asyncio.gather(up, return_exceptions=True)
+        down.cancel()
+        await asyncio.gather(up, down, return_exceptions=True)

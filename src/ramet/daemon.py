@@ -57,10 +57,13 @@ def token(state: StateDir) -> str:
 
 def _listen(state: StateDir) -> socket.socket:
     """Loopback, on RAMET_PORT, else the last daemon's port where it is free (so that a restart moves nothing), else any."""
-    wanted = int(os.environ.get("RAMET_PORT", "0"))
-    last = 0
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    named = os.environ.get("RAMET_PORT", "0")
+    if not named.isdecimal() or int(named) > 65535:
+        raise DaemonError(f"RAMET_PORT is {named!r}", hint="Set it to a free port, 1 to 65535, or unset it.")
+    wanted, last = int(named), 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         last = int(str(json.loads(state.daemon.read_text())["url"]).rpartition(":")[2])
+        last = last if 0 < last < 65536 else 0
     for port in [wanted] if wanted else [last, 0]:
         server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -89,10 +89,9 @@ async def build(source: Debian, tree: Path, progress: Progress) -> ImageConfig:
         progress(f"installing Debian {source.suite}", min(0.05 + 0.95 * seen / _LINES, 0.99))
 
     progress(f"installing Debian {source.suite}", 0.0)
-    command = userns.argv(*mmdebstrap(source.suite, tree, os.environ.get("RAMET_DEBIAN_MIRROR", "")), mounts=True)
-    result = await process.run(
-        command, deadline=DEADLINE, env={"TMPDIR": str(tree.parent), "DEBIAN_FRONTEND": "noninteractive"}, on_line=on_line
-    )
+    command = mmdebstrap(source.suite, tree, os.environ.get("RAMET_DEBIAN_MIRROR", ""))
+    env = {"TMPDIR": str(tree.parent), "DEBIAN_FRONTEND": "noninteractive"}
+    result = await userns.run(command, deadline=DEADLINE, mounts=True, env=env, on_line=on_line)
     if result.returncode:
         raise explain(source, "\n".join(log), process.failure(result.argv, result.returncode, result.output, f"image {source.reference}"))
     return CONFIG

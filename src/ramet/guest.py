@@ -70,7 +70,7 @@ class Stream:
         match frame.kind:
             case Kind.DATA:
                 left = self._allowed.get(frame.flags, -1) - len(frame.payload)
-                if left < 0 or not frame.payload:
+                if left < 0 or not frame.payload or frame.flags not in self._open:
                     raise ProtocolError("the guest's agent sent more than it may")
                 self._allowed[frame.flags] = left
                 self._events.append(Output(channel=_CHANNELS[frame.flags], data=frame.payload))
@@ -79,8 +79,8 @@ class Stream:
                 self._started = True
                 self._events.append(Started(process=process, pid=pid))
             case Kind.END:
-                self.ended = True
                 self._events.append(agentwire.parse_end(frame.payload))
+                self.ended = True  # after the line that may raise: else nobody would tell those who wait here
             case Kind.CREDIT:
                 self._credit = min(self._credit + agentwire.parse_credit(frame.payload), 1 << 30)
             case Kind.EOF if frame.flags in self._open:
@@ -168,7 +168,7 @@ class Stream:
 class Guest(asyncio.Protocol):
     """A connection to an agent. `connect` makes one; `closed` is done when it is gone, with the reason as its result."""
 
-    def __init__(self, silence: float = SILENCE) -> None:
+    def __init__(self, silence: float) -> None:
         loop = asyncio.get_running_loop()
         self._nonce = os.urandom(agentwire.NONCE)
         self._decoder = agentwire.Decoder(self._nonce)
@@ -186,12 +186,12 @@ class Guest(asyncio.Protocol):
         self.closed: asyncio.Future[str] = loop.create_future()
 
     @classmethod
-    async def connect(cls, path: Path, *, deadline: float, resync: bool, silence: float = SILENCE) -> Guest:
+    async def connect(cls, path: Path, *, deadline: float, resync: bool, silence: float | None = None) -> Guest:
         """Connect to the agent whose port is the socket `path`, waiting at most `deadline` seconds for it to answer.
 
-        resync: the agent may be in the middle of a frame (it served another daemon before).
+        resync: the agent may be in the middle of a frame (it served another daemon before). silence: as SILENCE.
         """
-        _, guest = await sockets.connect(path, lambda: cls(silence))
+        _, guest = await sockets.connect(path, lambda: cls(silence or SILENCE))
         guest.send((agentwire.RESYNC if resync else b"") + agentwire.frame(Kind.SYNC, 0, guest._nonce))
         try:
             async with asyncio.timeout(deadline):

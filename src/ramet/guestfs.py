@@ -111,7 +111,7 @@ async def entries(guest: Guest, path: str, user: str) -> list[FileInfo]:
 
 
 async def remove(guest: Guest, path: str, *, recursive: bool, user: str) -> None:
-    await _call(guest, user, "remove", path, "r" if recursive else "-")
+    await _call(guest, user, "remove", path, "r" if recursive else "")
 
 
 async def rename(guest: Guest, path: str, target: str, user: str) -> None:
@@ -119,7 +119,7 @@ async def rename(guest: Guest, path: str, target: str, user: str) -> None:
 
 
 async def make_dir(guest: Guest, path: str, *, mode: int, parents: bool, user: str) -> None:
-    await _call(guest, user, "mkdir", path, f"{mode:o}", "p" if parents else "-")
+    await _call(guest, user, "mkdir", path, f"{mode:o}", "p" if parents else "")
 
 
 def pack(guest: Guest, path: str, user: str) -> AsyncIterator[bytes]:
@@ -127,4 +127,4 @@ def pack(guest: Guest, path: str, user: str) -> AsyncIterator[bytes]:
 
 
 async def unpack(guest: Guest, path: str, data: AsyncIterable[bytes], *, owners: bool, user: str) -> None:
-    await _feed(_start(guest, user, "unpack", path, "o" if owners else "-", stdin=True), data)
+    await _feed(_start(guest, user, "unpack", path, "o" if owners else "", stdin=True), data)

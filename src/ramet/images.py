@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -153,7 +154,9 @@ def _publish(state: StateDir, work: Path, source: Source, found: skopeo.Found, c
         os.fsync(file.fileno())
     _sync(work)
     if final.root.exists():  # not readable, else we would not have made it anew
-        final.root.rename(Path(tempfile.mkdtemp(prefix=_WORK, dir=state.images)))
+        aside = Path(tempfile.mkdtemp(prefix=_WORK, dir=state.images))
+        final.root.rename(aside)
+        shutil.rmtree(aside)
     work.rename(final.root)
     _sync(state.images)
     return image

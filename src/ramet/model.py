@@ -238,6 +238,11 @@ class Result:
     duration: float
     truncated: int = 0
 
+    @property
+    def text(self) -> str:
+        """stdout as text; bytes that are not UTF-8 are replaced."""
+        return self.stdout.decode(errors="replace")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Process:

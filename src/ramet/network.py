@@ -27,7 +27,8 @@ USER = Network(
     name="user-mode",
     netdev=f"user,id=net,net={NETWORK},host={GATEWAY},dns={DNS},dhcpstart={ADDRESS},ipv6=off",
     limits=(
-        "network: user-mode (no root needed): the guest reaches what this host's user reaches; no rate limit, no filter by address or name",
+        "network: user-mode (no root needed): the guest reaches what this host's user reaches, services on this host's loopback too (as 10.0.2.2); "
+        "no rate limit, no filter by address or name",
     ),
 )
 

@@ -16,6 +16,8 @@ from ramet.model import ImageConfig
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 PLAIN_LAYER = "application/vnd.oci.image.layer.v1.tar"
+GZIP_LAYER = PLAIN_LAYER + "+gzip"
+ZSTD_LAYER = PLAIN_LAYER + "+zstd"
 _DOCUMENT_LIMIT = 8 << 20  # bytes of a manifest or config; registries refuse manifests beyond 4 MiB
 
 # Only sha256: a digest becomes a file name, so what it may consist of is a matter of safety.
@@ -130,6 +132,16 @@ def digest_of(path: Path) -> str:
 
 def blob(layout: Path, descriptor: Descriptor) -> Path:
     return layout / "blobs" / "sha256" / descriptor.digest.removeprefix("sha256:")
+
+
+def layer_type(path: Path) -> str:
+    """What a layer is, by its first bytes: what manifests say is sometimes wrong."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    # a zstd frame, or the skippable one that writers of seekable formats put first
+    if head == b"\x28\xb5\x2f\xfd" or (head[1:] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
+        return ZSTD_LAYER
+    return GZIP_LAYER if head[:2] == b"\x1f\x8b" else PLAIN_LAYER
 
 
 def verify(layout: Path, descriptor: Descriptor, what: str) -> Path:

@@ -129,11 +129,12 @@ class Operations:
             await asyncio.wait({entry.task})
 
     async def _set(self, entry: Entry, **changes: Any) -> None:
-        """Change the record: on disk first, then in memory, then told."""
+        """Change the record: on disk first, then in memory, then told, where it is the state or its reason."""
         record = dataclasses.replace(entry.record, **changes)
         await self._db.update(record)
-        entry.record = record
-        self._publish(entry)
+        told, entry.record = entry.record, record
+        if (told.state, told.reason) != (record.state, record.reason):
+            self._publish(entry)
 
     def _publish(self, entry: Entry) -> None:
         record = entry.record

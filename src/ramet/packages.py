@@ -72,11 +72,13 @@ PACKAGES = (
     _package(Need.KERNEL, "flex", "generates code in its build"),
     _package(Need.KERNEL, "bison", "generates code in its build"),
     _package(Need.KERNEL, "bc", "computes constants in its build"),
+    _package(Need.KERNEL, "patch", "applies our changes to its source"),
     _package(Need.KERNEL, "xz-utils", "unpacks its source", "xz"),
     _package(Need.KERNEL, "tar", "unpacks its source"),
     _package(Need.TESTS, "apache2-utils", "writes a registry's password file", "htpasswd"),
     _package(Need.TESTS, "openssl", "makes a registry's certificate"),
     _package(Need.TESTS, "cpio", "reads an initramfs as somebody else wrote it"),
+    _package(Need.TESTS, "shellcheck", "checks the shell scripts"),
     _package(Need.TESTS, "zstd", "compresses layers as other tools do"),
 )
 
@@ -135,7 +137,9 @@ def fraction(line: str) -> tuple[float, str] | None:
 async def _apt_get(words: Sequence[str], what: str, progress: Progress) -> None:
     """Run apt-get without questions, its progress read from a pipe."""
     if not process.find("apt-get"):
-        raise HostError("apt-get is not here: this is not Debian", hint="Install what `ramet setup --check` lists by your distribution's means.")
+        raise HostError(
+            "apt-get is not here: this is not Debian", hint="Install what `ramet setup --check` lists by your distribution's means."
+        )
     reader, writer = os.pipe()
     argv = ["apt-get", "-q", "-o", f"APT::Status-Fd={writer}", "-o", "Dpkg::Use-Pty=0", "-o", f"DPkg::Lock::Timeout={LOCK_TIMEOUT}", *words]
     env = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
@@ -163,8 +167,14 @@ async def _apt_get(words: Sequence[str], what: str, progress: Progress) -> None:
 
 # What apt-get says, and what to do about it.
 _HINTS = (
-    (r"temporary failure resolving|could not (connect|resolve)|connection (failed|timed out)|unreachable", "Look at the network and http_proxy."),
-    (r"unable to locate package|no installation candidate", "Ramet is made for Debian 12 (bookworm); `main` must be in the sources of apt."),
+    (
+        r"temporary failure resolving|could not (connect|resolve)|connection (failed|timed out)|unreachable",
+        "Look at the network and http_proxy.",
+    ),
+    (
+        r"unable to locate package|no installation candidate",
+        "Ramet is made for Debian 12 (bookworm); `main` must be in the sources of apt.",
+    ),
     (r"dpkg was interrupted", "Run `sudo dpkg --configure -a`, then the same command again."),
     (r"could not get lock|unable to acquire", f"Another package manager has run for {LOCK_TIMEOUT // 60} minutes: wait for it."),
     (r"404 +not found", "The mirror has changed meanwhile: run the same command again."),

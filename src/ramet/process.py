@@ -45,6 +45,9 @@ _PASSED = [
     "RAMET_HOME",
     "RAMET_CACHE",
     "RAMET_KERNEL",
+    "RAMET_ACCEL",
+    "RAMET_PORT",
+    "RAMET_DEBIAN_MIRROR",
 ]
 
 

@@ -10,11 +10,13 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from ramet import binaries, images, kernels, network, packages, paths, userns
 from ramet.errors import HostError, NoSpaceError, RametError, SpecError
@@ -24,7 +26,7 @@ from ramet.model import Accelerator, Spec
 from ramet.packages import Need
 from ramet.paths import StateDir
 from ramet.spec import format_size
-from ramet.steps import Mark, Step, Steps
+from ramet.steps import Mark, Step, Steps, hang
 
 IMAGE = Spec.image
 # Free space that a first set-up takes: the image and a machine; the kernel's build, most of it given back when it is done.
@@ -75,7 +77,7 @@ async def _computer(context: Context, step: Step) -> Finding:
     release = platform.freedesktop_os_release()
     system = release.get("PRETTY_NAME", "Linux")
     free = shutil.disk_usage(_existing(context.state.root)).free
-    if free < SPACE and not _has_image(context):
+    if free < SPACE and not await _has_image(context):
         raise NoSpaceError(
             f"{format_size(free)} are free for {context.state.root}, and a first set-up takes {format_size(SPACE)}",
             hint="RAMET_HOME names another place for machines and images, RAMET_CACHE for kernels.",
@@ -83,7 +85,9 @@ async def _computer(context: Context, step: Step) -> Finding:
     who = "root" if context.root else "not root"
     detail = f"{system}, {who}, {os.cpu_count()} cpus, {format_size(free)} of disk free"
     if "debian" not in f"{release.get('ID', '')} {release.get('ID_LIKE', '')}":
-        return Finding(mark=Mark.LIMITED, detail=detail, hint="Not Debian: you will have to bring the programs that are listed below yourself.")
+        return Finding(
+            mark=Mark.LIMITED, detail=detail, hint="Not Debian: you will have to bring the programs that are listed below yourself."
+        )
     return Finding(mark=Mark.OK, detail=detail)
 
 
@@ -102,12 +106,14 @@ async def _packages(context: Context, step: Step) -> Finding:
     if not lacking:
         return Finding(mark=Mark.OK, detail="all there")
     detail = packages.explain(lacking)
-    hint = f"It needs root, for it installs Debian packages:\n  {packages.command(lacking)}"
+    hint = f"This brings them; it needs root, for it installs Debian packages:\n  {packages.command(lacking)}"
     if not any(package.need is Need.MACHINES for package in lacking):
         context.limits.append(detail)
         return Finding(mark=Mark.LIMITED, detail=detail, hint=hint)
     if context.change:
-        raise HostError(f"Debian packages are missing: {detail}", hint=hint)
+        step.end(Mark.MISSING, detail)
+        names = [package.name for package in lacking]
+        raise HostError(f"{len(names)} Debian packages are missing", hint=hint, details={"packages": names})
     return Finding(mark=Mark.MISSING, detail=detail, hint=hint)
 
 
@@ -161,29 +167,22 @@ async def _fetched(context: Context, step: Step) -> kernels.Kernel:
 async def _build_here(step: Step) -> None:
     """Build our own kernel, or wait for the process that does."""
     what = "building Ramet's own"
-    status = await kernels.build_status()
-    if status.state is BuildState.READY:
-        return
-    if status.state is not BuildState.RUNNING:
-        await kernels.build(lambda fraction: step.progress(what, fraction))
-        return
-    while status.state is BuildState.RUNNING:
+    while (status := await kernels.build_status()).state is BuildState.RUNNING:
         step.progress(what, status.fraction)
         await asyncio.sleep(_POLL)
-        status = await kernels.build_status()
     if status.state is not BuildState.READY:
-        raise HostError(f"the kernel's build failed: {status.message}", details={"log": status.log})
+        await kernels.build(lambda fraction: step.progress(what, fraction))
 
 
 async def _image(context: Context, step: Step) -> Finding:
-    if not context.change and not _has_image(context):
+    if not context.change and not await _has_image(context):
         return Finding(mark=Mark.MISSING, detail=f"{IMAGE} is not made yet")
     image = await images.ensure(context.state, IMAGE, progress=step.progress)
     return Finding(mark=Mark.OK, detail=f"{IMAGE}, {format_size(image.disk_used)} on disk")
 
 
-def _has_image(context: Context) -> bool:
-    return any(image.reference == IMAGE for image in images.list_images(context.state))
+async def _has_image(context: Context) -> bool:
+    return images.load(context.state, await images.resolve(IMAGE)) is not None
 
 
 async def _accelerator(context: Context, step: Step) -> Finding:
@@ -204,7 +203,7 @@ async def _accelerator(context: Context, step: Step) -> Finding:
         accelerator, reason = probe.accelerator, probe.reason
     if accelerator is Accelerator.KVM:
         return Finding(mark=Mark.OK, detail=f"KVM: {reason}")
-    context.limits.append(f"speed: machines run on {accelerator.words}, several times slower than on KVM: {reason}")
+    context.limits.append(f"speed: machines run on {accelerator.words}, several times slower than on KVM")
     return Finding(mark=Mark.LIMITED, detail=f"{accelerator.words}\n{reason}")
 
 
@@ -258,7 +257,7 @@ async def perform(context: Context, steps: Steps) -> list[Outcome]:
             try:
                 finding = await work(context, step)
             except RametError as error:
-                step.end(Mark.MISSING, error.message)
+                step.end(Mark.MISSING, "failed: see below" if context.change else error.message)
                 if context.change:
                     raise
                 finding = Finding(mark=Mark.MISSING, detail=error.message, hint=error.hint)
@@ -266,8 +265,15 @@ async def perform(context: Context, steps: Steps) -> list[Outcome]:
                 step.end(finding.mark, finding.detail)
             if finding.hint:
                 steps.note(finding.hint)
-            outcomes.append(Outcome(name=name, title=title, mark=finding.mark, detail=finding.detail, hint=finding.hint, seconds=round(step.took, 3)))
+            outcomes.append(
+                Outcome(name=name, title=title, mark=finding.mark, detail=finding.detail, hint=finding.hint, seconds=round(step.took, 3))
+            )
     return outcomes
+
+
+def ready(outcomes: Sequence[Outcome]) -> bool:
+    """Whether machines run here."""
+    return all(outcome.mark is not Mark.MISSING for outcome in outcomes)
 
 
 def summary(context: Context, outcomes: Sequence[Outcome]) -> list[str]:
@@ -278,8 +284,8 @@ def summary(context: Context, outcomes: Sequence[Outcome]) -> list[str]:
     lines = ["Machines run here."]
     limits = [*context.limits, *network.USER.limits]
     if not context.root:
-        limits.append("without root: the network and cgroup limits are as said; everything else is the same")
-    return lines + [f"- {limit}" for limit in limits]
+        limits.append("without root: no cgroup limits, unless the system delegates them to you; the rest is the same")
+    return [*lines, *limits]
 
 
 def run(
@@ -290,12 +296,37 @@ def run(
     context = Context(state=StateDir.default(), change=not check, wait_kernel=wait_kernel, tests=tests)
     outcomes = asyncio.run(perform(context, Steps(console)))
     lines = summary(context, outcomes)
-    ready = all(outcome.mark is not Mark.MISSING for outcome in outcomes)
     if as_json:
-        report = {"ready": ready, "steps": [asdict(outcome) for outcome in outcomes], "limits": context.limits + list(network.USER.limits)}
+        report = {
+            "ready": ready(outcomes),
+            "steps": [asdict(outcome) for outcome in outcomes],
+            "limits": context.limits + list(network.USER.limits),
+        }
         Console(soft_wrap=True).print(json.dumps(report, indent=2), markup=False, highlight=False)
     else:
         console.print()
-        for line in lines:
-            console.print(line, markup=False, highlight=False)
-    return 0 if ready else 1
+        hang_list(console, lines)
+    return 0 if ready(outcomes) else 1
+
+
+def hang_list(console: Console, lines: Sequence[str]) -> None:
+    """Print a line and the list below it."""
+    console.print(lines[0], markup=False, highlight=False)
+    for line in lines[1:]:
+        hang(console, "- ", 2, escape(line))
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m ramet.setup`, for ./test: as the CLI's, and --tests for what only tests need."""
+    known = {"--check", "--json", "--wait-kernel", "--tests"}
+    if unknown := set(argv) - known:
+        raise SpecError(f"unknown: {' '.join(sorted(unknown))}; known are {' '.join(sorted(known))}")
+    return run(check="--check" in argv, as_json="--json" in argv, wait_kernel="--wait-kernel" in argv, tests="--tests" in argv)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except RametError as error:
+        sys.stderr.write("\n".join(filter(None, [f"error: {error.message}", error.hint, str(error.details.get("log", ""))])) + "\n")
+        sys.exit(error.exit)

@@ -58,9 +58,9 @@ def _options(source: Registry | Local, prefix: str = "") -> list[str]:
 
 async def _raw(source: Registry | Local, transport: str) -> str:
     """A manifest or index as it is served. skopeo verifies it where the transport names a digest."""
-    argv = userns.dying("skopeo", "inspect", "--raw", *_options(source), transport)
+    argv = ("skopeo", "inspect", "--raw", *_options(source), transport)
     try:
-        result = await process.run(argv, deadline=INSPECT_DEADLINE, apart=True)
+        result = await userns.run(argv, root=False, deadline=INSPECT_DEADLINE, apart=True)
     except HostError as error:
         raise _silent(source, error) from error
     if result.returncode:
@@ -104,7 +104,7 @@ async def pull(source: Registry | Local, found: Found, work: Path, progress: Pro
     _space(what, work, total)
     temporary = work / "tmp"  # skopeo unpacks archives there: by default in /var/tmp, where nobody would clean up after a kill
     temporary.mkdir()
-    argv = userns.dying(
+    argv = (
         *(
             "skopeo",
             "--override-os=linux",
@@ -115,7 +115,8 @@ async def pull(source: Registry | Local, found: Found, work: Path, progress: Pro
         ),
         *(*_options(source, "src-"), transport, f"oci:{LAYOUT}:image"),
     )
-    copy = process.run(argv, deadline=PULL_DEADLINE, cwd=work, env={"TMPDIR": str(temporary)})
+    progress("fetching the image", 0.0 if total else None)
+    copy = userns.run(argv, root=False, deadline=PULL_DEADLINE, cwd=work, env={"TMPDIR": str(temporary)})
     try:
         result = await watched(copy, _Download(source, work, total, progress))
     except HostError as error:
@@ -170,14 +171,23 @@ def _verify(layout: Path, found: Found, expected: oci.Manifest | None, what: str
 
 
 async def _plain(layout: Path, manifest: oci.Manifest, what: str) -> None:
-    """Decompress the layers that are in zstd, which umoci 0.4.7 cannot read; it checks them against the config's digests of what is inside."""
+    """Make all layers ones that umoci 0.4.7 can read: it knows no zstd, and believes a docker-archive that says gzip of what is plain.
+
+    umoci then holds each to the config's digest of the uncompressed layer, so nothing can be smuggled in here.
+    """
     replaced: dict[str, oci.Descriptor] = {}
     for layer in manifest.layers:
-        if not layer.mediaType.endswith("zstd") or layer.digest in replaced:
+        if layer.digest in replaced:
+            continue
+        kind = oci.layer_type(oci.blob(layout, layer))
+        if kind != oci.ZSTD_LAYER:
+            if kind != layer.mediaType:
+                replaced[layer.digest] = layer.model_copy(update={"mediaType": kind})
             continue
         userns.require("zstd")
         plain = layout / "plain"
-        result = await process.run(userns.dying("zstd", "-dq", "-o", str(plain), str(oci.blob(layout, layer))), deadline=UNPACK_DEADLINE)
+        command = ("zstd", "-dq", "-o", str(plain), str(oci.blob(layout, layer)))
+        result = await userns.run(command, root=False, deadline=UNPACK_DEADLINE)
         result.check(f"{what}: decompressing a layer")
         digest = await asyncio.to_thread(oci.digest_of, plain)
         replaced[layer.digest] = oci.Descriptor(digest=digest, size=plain.stat().st_size, mediaType=oci.PLAIN_LAYER)
@@ -208,8 +218,8 @@ async def unpack(source: Registry | Local, layout: Path, work: Path, progress: P
             _log.warning("%s: the device node %s became an empty file: only root can make device nodes", what, device[1])
 
     (work / TREE.parent).mkdir()
-    argv = userns.argv("umoci", "--log=info", "raw", "unpack", "--image", f"{layout.name}:image", str(TREE))
-    result = await process.run(argv, deadline=UNPACK_DEADLINE, cwd=work, on_line=on_line)
+    argv = ("umoci", "--log=info", "raw", "unpack", "--image", f"{layout.name}:image", str(TREE))
+    result = await userns.run(argv, deadline=UNPACK_DEADLINE, cwd=work, on_line=on_line)
     if result.returncode:
         failed = process.failure(argv, result.returncode, result.output, what)
         if isinstance(failed, NoSpaceError):
@@ -223,12 +233,21 @@ async def unpack(source: Registry | Local, layout: Path, work: Path, progress: P
 # Marks in skopeo's output (lower case), what they mean, and what to do. The first that fits counts.
 _MEANINGS = (
     (
-        ("digest did not match", "does not match provided manifest digest"),
+        ("loading tar component", "open index.json", "index.json: not a directory"),
+        "cannot be read",
+        "Look whether it is what the part before the path says.",
+    ),
+    (
+        ("digest did not match", "does not match provided manifest digest", "does not match expected sha256"),
         "digest mismatch: what came is not what its digest names",
         "Fetch it again; if it stays, push it again.",
     ),
     (("unexpected eof", "happened during read"), "a blob is truncated", "Fetch it again; if it stays, push it again."),
-    (("blob unknown",), "the registry has lost one of its blobs", "Push the image again."),
+    (
+        ("blob unknown", "error fetching blob: invalid status code from registry 404"),
+        "the registry has lost one of its blobs",
+        "Push the image again.",
+    ),
     (("toomanyrequests", "rate limit"), "the registry refuses: too many requests", "Wait, or log in: `skopeo login {host}`."),
     (
         ("manifest unknown", "manifest_unknown"),
@@ -262,11 +281,7 @@ _MEANINGS = (
     ),
     (("invalid reference format", "repository name must"), "not a name that a registry can have", "Look at the name."),
     (("no descriptor found for reference", "not found in"), "no image of that tag in it", "`skopeo inspect --raw` may tell what is in it."),
-    (
-        ("no such file or directory", "invalid tar header", "not a directory"),
-        "cannot be read",
-        "Look whether it is what the part before the path says.",
-    ),
+    (("no such file or directory",), "a part of it is missing", "Fetch or write it again."),
 )
 
 
@@ -280,7 +295,8 @@ def explain(source: Registry | Local, failed: HostError) -> HostError | ImageErr
     for marks, meaning, hint in _MEANINGS:
         if any(mark in low for mark in marks):
             return ImageError(f"{what}: {meaning}", hint=hint.format(**names), details=failed.details)
-    return ImageError(f"{what}: {failed.message}", hint=failed.hint, details=failed.details)
+    lines = log.strip().splitlines() or [failed.message]
+    return ImageError(f"{what}: skopeo failed: {lines[-1]}", hint="The end of its output is in the details.", details=failed.details)
 
 
 def _silent(source: Registry | Local, error: HostError) -> HostError | ImageError:

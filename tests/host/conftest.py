@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import pwd
+import queue
 import re
-import select
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from ramet.paths import StateDir
 
-from .layouts import Layout
+from .imaging import RICH, SETTINGS, working_in
+from .layouts import Layout, make
 
 DEADLINE = 60.0
 
@@ -63,14 +65,22 @@ def need(*programs: str) -> None:
 
 
 def _listening(process: subprocess.Popen[str]) -> str:
-    """The address that a registry logs once it listens; afterwards its log is for nobody."""
+    """The address that a registry logs once it listens; a thread goes on reading its log, so that it never has to wait."""
     assert process.stderr is not None
     seen: list[str] = []
-    end = time.monotonic() + DEADLINE
-    while select.select([process.stderr], [], [], max(0.0, end - time.monotonic()))[0] and (line := process.stderr.readline()):
-        seen.append(line)
-        if found := re.search(r"listening on (127\.0\.0\.1:\d+)", line):
-            return found[1]
+    address: queue.Queue[str] = queue.Queue()
+
+    def read(log: IO[str]) -> None:
+        for line in log:
+            seen.append(line)
+            if found := re.search(r"listening on (127\.0\.0\.1:\d+)", line):
+                address.put(found[1])
+        address.put("")
+        log.close()
+
+    threading.Thread(target=read, args=(process.stderr,), daemon=True).start()
+    if found := address.get(timeout=DEADLINE):
+        return found
     raise AssertionError("the registry does not listen: " + "".join(seen))
 
 
@@ -97,20 +107,8 @@ def registries(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
             config["auth"] = {"htpasswd": {"realm": "test", "path": str(file)}}
         if tls:
             need("openssl")
-            make = [
-                "openssl",
-                "req",
-                "-x509",
-                "-newkey",
-                "rsa:2048",
-                "-nodes",
-                "-subj",
-                "/CN=localhost",
-                "-addext",
-                "subjectAltName=IP:127.0.0.1",
-                "-days",
-                "2",
-            ]
+            make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+            make += ["-addext", "subjectAltName=IP:127.0.0.1"]
             paths = {"key": str(root / "key.pem"), "certificate": str(root / "cert.pem")}
             command = [*make, "-keyout", paths["key"], "-out", paths["certificate"]]
             subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
@@ -125,8 +123,6 @@ def registries(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
     for process in started:
         process.kill()
         process.wait(DEADLINE)
-        assert process.stderr is not None
-        process.stderr.close()
 
 
 @pytest.fixture
@@ -143,7 +139,7 @@ def state(tmp_path: Path) -> StateDir:
     return state
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class User:
     """A user without privileges, with a home that is a state directory's parent too."""
 
@@ -154,15 +150,28 @@ class User:
 
     def python(self, script: str, *arguments: str, timeout: float = DEADLINE) -> subprocess.CompletedProcess[str]:
         """Run a Python script as this user, with the packages that this process has."""
-        become = ["setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", "--init-groups", "--inh-caps=-all"]
-        env = {
-            "HOME": str(self.home),
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": ":".join(filter(None, sys.path)),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        command = [*become, sys.executable, "-c", script, *arguments]
-        return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=timeout)
+        command = [*self._become, self.interpreter, "-c", script, *arguments]
+        return subprocess.run(command, env=self._env, cwd=self.home, capture_output=True, text=True, timeout=timeout)
+
+    @property
+    def _become(self) -> list[str]:
+        return ["setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", "--init-groups", "--inh-caps=-all"]
+
+    @property
+    def _env(self) -> dict[str, str]:
+        path = ":".join(filter(None, sys.path))
+        return {"HOME": str(self.home), "PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+    @functools.cached_property
+    def interpreter(self) -> str:
+        """A Python that this user may run: ours is sometimes in root's home."""
+        for candidate in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+            command = [*self._become, candidate, "-c", "import asyncio, ramet.images"]
+            if Path(candidate).exists() and subprocess.run(command, env=self._env, cwd=self.home, timeout=DEADLINE).returncode == 0:
+                return candidate
+        pytest.skip(
+            f"{sys.executable} or its packages cannot be read by other users, and there is no /usr/bin/python3.{sys.version_info.minor}"
+        )
 
 
 @pytest.fixture
@@ -172,7 +181,7 @@ def user() -> Iterator[User]:
         pytest.skip("making a temporary user needs root")
     need("useradd", "userdel", "usermod", "setpriv", "newuidmap")
     name = f"ramet-t{os.getpid()}"
-    home = Path(tempfile.mkdtemp(prefix="ramet-test-"))  # not below tmp_path, which is root's alone
+    home = Path(tempfile.mkdtemp(prefix="ramet-test-", dir="/tmp"))  # not below tmp_path, which is root's alone
     subprocess.run(["useradd", "--no-create-home", "--home-dir", str(home), name], check=True, timeout=DEADLINE)
     try:
         entry = pwd.getpwnam(name)
@@ -185,3 +194,38 @@ def user() -> Iterator[User]:
     finally:
         subprocess.run(["userdel", name], check=True, timeout=DEADLINE)
         shutil.rmtree(home)
+
+
+@pytest.fixture
+def image_programs() -> None:
+    need("skopeo", "umoci", "mke2fs", "debugfs", "setpriv")
+
+
+@pytest.fixture
+def only_images_left(state: StateDir) -> Iterator[None]:
+    """After every test, whatever it did: only published images, no lock, no process that works in the state directory."""
+    yield
+    left = [p.name for p in state.images.iterdir() if not re.fullmatch(r"sha256-[0-9a-f]{64}", p.name)]
+    assert left == []
+    for place in state.images.iterdir():
+        assert sorted(p.name for p in place.iterdir()) == ["disk.raw", "image.json"]
+    assert working_in(state.root) == []
+
+
+@pytest.fixture
+def rich(tmp_path: Path) -> Layout:
+    return make(tmp_path / "rich", *RICH, config=SETTINGS)
+
+
+@pytest.fixture
+def tiny(state: StateDir) -> Iterator[Callable[[int], None]]:
+    """Puts the images on a file system of so many KiB."""
+    mounted = []
+
+    def mount(kib: int) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", state.images], check=True)
+        mounted.append(state.images)
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import dataclasses
+import io
 import itertools
+import os
 import socket
+import subprocess
+import sys
+import tarfile
+import threading
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -55,6 +63,28 @@ class Memory:
         self.stalled = asyncio.Event()  # while clear, `slow` uploads are not read on
         self.listeners: set[asyncio.Queue[Event]] = set()
         self.numbers = itertools.count(1)
+        self.signals: builtins.list[int] = [9]
+
+    def stock(self) -> None:
+        """A running machine `m`, a failed one, a stopped one; a file and a directory."""
+        running = Machine(
+            id="id-m", name="m", state=State.RUNNING, spec=Spec(name="m"), created_at=time.time() - 90, accelerator=Accelerator.TCG
+        )
+        self.machines["m"] = running
+        self.machines["bad"] = dataclasses.replace(
+            running, id="id-bad", name="bad", state=State.FAILED, reason="QEMU died\x1b[2J: out of memory"
+        )
+        self.machines["idle"] = dataclasses.replace(running, id="id-idle", name="idle", state=State.STOPPED)
+        self.files["/f"] = b"data\n", 0o640
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            member = tarfile.TarInfo("./inside")
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"tree"))
+            link = tarfile.TarInfo("./out")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+        self.files["/dir"] = out.getvalue(), 0o40755
 
     def _machine(self, name: str) -> Machine:
         if name not in self.machines:
@@ -143,8 +173,19 @@ class Memory:
             case "cat":
                 while (data := await self.live[number].get()) is not None:
                     yield Output(channel=Channel.STDOUT, data=data)
+            case "sh":  # a shell of few words: `exit`, `size`, else it says what it heard
+                while (data := await self.live[number].get()) is not None:
+                    if b"exit" in data:
+                        yield Exit(ending=Ending.EXITED, code=7)
+                        return
+                    yield Output(channel=Channel.STDOUT, data=b"<" + data + b">")
+                yield Exit(ending=Ending.SIGNALED, code=1)
+                return
             case "sleep":
-                await asyncio.sleep(60)
+                while await self.live[number].get() is not None:
+                    pass
+                yield Exit(ending=Ending.SIGNALED, code=int(self.signals[-1]))
+                return
             case "yes":
                 while True:
                     yield Output(channel=Channel.STDOUT, data=b"y\n" * 16384)
@@ -178,6 +219,7 @@ class Memory:
 
     async def signal(self, name: str, process: int, signal: int) -> None:
         self.seen.append(("signal", process, signal))
+        self.signals.append(signal)
         if process in self.live:
             await self.live[process].put(None)
 
@@ -229,8 +271,9 @@ class Memory:
         if path not in self.files:
             raise GuestNotFoundError(f"{path}: no such file")
         data, mode = self.files[path]
+        kind = FileType.DIRECTORY if mode & 0o40000 else FileType.FILE
         return FileInfo(
-            name=path.rpartition("/")[2], type=FileType.FILE, mode=mode, uid=0, gid=0, size=len(data), modified_at=1.25, links=1
+            name=path.rpartition("/")[2], type=kind, mode=mode & 0o7777, uid=0, gid=0, size=len(data), modified_at=1.25, links=1
         )
 
     async def list_files(self, name: str, path: str, *, user: str = "") -> builtins.list[FileInfo]:
@@ -289,6 +332,7 @@ async def serving(verbs: Verbs, path: Path, heartbeat: float = 15.0) -> AsyncIte
     """A server on a Unix socket; its URL."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
+        listener.listen(200)
         app = create_app(verbs, TOKEN, heartbeat=heartbeat)
         config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http="httptools", timeout_graceful_shutdown=2)
         server = _Server(config)
@@ -305,6 +349,44 @@ async def pair(verbs: Verbs, path: Path, heartbeat: float = 15.0) -> AsyncIterat
     """A server and a client of it."""
     async with serving(verbs, path, heartbeat) as url, Client(url, TOKEN) as client:
         yield client
+
+
+@contextlib.contextmanager
+def beside(verbs: Verbs, path: Path) -> Iterator[str]:
+    """A server in a thread of its own, for clients that bring their own loop, or none; its URL."""
+    loop = asyncio.new_event_loop()
+    ready, over = threading.Event(), asyncio.Event()
+
+    async def work() -> None:
+        async with serving(verbs, path):
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(work()))
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield f"unix://{path}"
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join(10)
+        loop.close()
+
+
+ARGV = [sys.executable, "-c", "from ramet.cli import main; main()"]
+
+
+def environment(url: str, **more: str) -> dict[str, str]:
+    """For the command line, so that it finds the server."""
+    return {**os.environ, "RAMET_URL": url, "RAMET_TOKEN": TOKEN, "COLUMNS": "80", **more}
+
+
+def program(
+    url: str, arguments: builtins.list[str], *, stdin: bytes | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the command line to its end."""
+    given: Any = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
+    return subprocess.run([*ARGV, *arguments], capture_output=True, env=environment(url), cwd=cwd, timeout=60, **given)
 
 
 async def until(condition, seconds: float = 5.0) -> float:  # type: ignore[no-untyped-def]

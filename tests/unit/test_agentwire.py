@@ -135,7 +135,9 @@ def test_hostile_bytes_end_in_a_protocol_error_or_in_frames(pieces: list[bytes])
         pass
 
 
-headers = st.builds(wire.HEADER.pack, st.integers(0, 255), st.integers(0, 255), st.integers(0, 65535), st.integers(0, 9), st.integers(0, 2**32 - 1))
+headers = st.builds(
+    wire.HEADER.pack, st.integers(0, 255), st.integers(0, 255), st.integers(0, 65535), st.integers(0, 9), st.integers(0, 2**32 - 1)
+)
 
 
 @given(headers, st.binary(max_size=64))
@@ -191,14 +193,24 @@ def test_our_nonce_in_anything_but_a_sync_is_an_error() -> None:
 
 @given(st.binary(max_size=400))
 def test_payloads_are_parsed_or_refused(data: bytes) -> None:
-    for parse in (wire.parse_sync, wire.parse_end, wire.parse_pair, wire.parse_credit, wire.parse_files, wire.parse_processes, wire.parse_metrics):
+    for parse in (
+        wire.parse_sync,
+        wire.parse_end,
+        wire.parse_pair,
+        wire.parse_credit,
+        wire.parse_files,
+        wire.parse_processes,
+        wire.parse_metrics,
+    ):
         try:
             parse(data)  # type: ignore[operator]
         except ProtocolError:
             pass
 
 
-FIELDS = st.one_of(st.integers(-(10**30), 10**30).map(str), st.sampled_from(["f", "d", "running", "0", "1e400", "nan", "-", "٣"]), st.text(max_size=6))
+FIELDS = st.one_of(
+    st.integers(-(10**30), 10**30).map(str), st.sampled_from(["f", "d", "running", "0", "1e400", "nan", "-", "٣"]), st.text(max_size=6)
+)
 
 
 @given(st.lists(st.lists(FIELDS, min_size=7, max_size=9).map(" ".join), max_size=6))
@@ -229,7 +241,14 @@ def test_file_records_round_trip(name: bytes, mode: int, size: int, target: byte
 
 def test_process_records() -> None:
     first, second = wire.parse_processes(b"1 40 running 0 1700000000123 1 0 my label\0sleep 60\0" + b"2 41 signaled 9 0 0 1 \0\x1b[31mrm\0")
-    assert (first.id, first.pid, first.state, first.started_at, first.detached, first.attached) == (1, 40, "running", 1700000000.123, True, False)
+    assert (first.id, first.pid, first.state, first.started_at, first.detached, first.attached) == (
+        1,
+        40,
+        "running",
+        1700000000.123,
+        True,
+        False,
+    )
     assert (first.label, first.command) == ("my label", "sleep 60")
     assert (second.code, second.label, second.attached, second.command) == (9, "", True, "\ufffd[31mrm")
     with pytest.raises(ProtocolError):

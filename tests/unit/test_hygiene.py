@@ -41,7 +41,12 @@ def files() -> dict[str, str]:
 
 
 def found(pattern: re.Pattern[str], files: dict[str, str]) -> list[str]:
-    return [f"{name}:{at}: {line.strip()[:100]}" for name, text in files.items() for at, line in enumerate(text.splitlines(), 1) if pattern.search(line)]
+    return [
+        f"{name}:{at}: {line.strip()[:100]}"
+        for name, text in files.items()
+        for at, line in enumerate(text.splitlines(), 1)
+        if pattern.search(line)
+    ]
 
 
 def test_no_notes_of_unfinished_work(files: dict[str, str]) -> None:

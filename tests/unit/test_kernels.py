@@ -151,13 +151,18 @@ def test_fragment_sets_each_symbol_once() -> None:
 
 
 def test_cache_key_depends_on_fragment_patches_version_and_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = own.Recipe(fragment="a")
-    others = [own.Recipe(fragment="b"), own.Recipe(fragment="a", patches=("p",)), own.Recipe(fragment="a", patches=("p", "q"))]
+    plain = own.Recipe(fragment="CONFIG_A=y\nCONFIG_B=y\n")
+    others = [
+        own.Recipe(fragment="CONFIG_A=n\n"),
+        own.Recipe(fragment="CONFIG_A=y", patches=("p",)),
+        own.Recipe(fragment="CONFIG_A=y", patches=("q",)),
+    ]
     keys = {plain.cache_key("1"), plain.cache_key("2"), *(other.cache_key("1") for other in others)}
     monkeypatch.setattr(own, "RECIPE", "own-0")
     keys.add(plain.cache_key("1"))
     assert len(keys) == 6
-    assert plain.key == own.Recipe(fragment="a").key
+    monkeypatch.undo()
+    assert plain.key == own.Recipe(fragment="# why\nCONFIG_B=y\n\nCONFIG_A=y").key
 
 
 # --- the cache ---

@@ -73,7 +73,11 @@ def private_uses(importer: str, tree: ast.AST) -> Iterator[str]:
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ramet"):
-            aliases |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names if (resolve(f"{node.module}.{a.name}") or ("", "x"))[1] == ""}
+            aliases |= {
+                a.asname or a.name: f"{node.module}.{a.name}"
+                for a in node.names
+                if (resolve(f"{node.module}.{a.name}") or ("", "x"))[1] == ""
+            }
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             if isinstance(node.value, ast.Name) and node.value.id in aliases:
@@ -98,7 +102,11 @@ def row(module: str) -> int:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_each_module_is_in_one_row_and_imports_from_above(module: str) -> None:
     here = row(module) if module else max(map(int, TABLE["rows"]))  # the package re-exports the SDK when it is asked for
-    low = [f"{each}, which is in row {row(each.module)} below row {here}" for each in IMPORTS if each.importer == module and row(each.module) > here]
+    low = [
+        f"{each}, which is in row {row(each.module)} below row {here}"
+        for each in IMPORTS
+        if each.importer == module and row(each.module) > here
+    ]
     assert not low
 
 
@@ -121,7 +129,9 @@ def test_no_circles() -> None:
 def test_edges_import_only_what_they_may(pattern: str) -> None:
     allowed = TABLE["only"][pattern]
     found = [
-        str(each) for each in IMPORTS if matches(each.importer, pattern) and not any(matches(each.module, one) for one in [*allowed, pattern])
+        str(each)
+        for each in IMPORTS
+        if matches(each.importer, pattern) and not any(matches(each.module, one) for one in [*allowed, pattern])
     ]
     assert not found
 
@@ -133,7 +143,9 @@ def test_the_table_names_no_module_that_is_gone() -> None:
 
 
 def test_the_check_sees_what_it_forbids() -> None:
-    tree = ast.parse("def f():\n    from ramet.db import _MIGRATIONS\n    import ramet.engine\n    from ramet import process\n    process._end()\n")
+    tree = ast.parse(
+        "def f():\n    from ramet.db import _MIGRATIONS\n    import ramet.engine\n    from ramet import process\n    process._end()\n"
+    )
     assert [(each.module, each.name) for each in imports("x", tree)] == [("db", "_MIGRATIONS"), ("engine", ""), ("process", "")]
     assert list(private_uses("x", tree)) == ["x:5 uses ramet.process._end"]
     assert row("engine") > row("process")

@@ -57,9 +57,9 @@ async def test_health_needs_no_token(http: Http) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/machines", "/openapi.json", "/nowhere", "/v1/events", "/docs", "/health/"])
-@pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN, "Bearer \xe9"])
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN, "Bearer \xe9"])
 async def test_everything_else_needs_the_token(http: Http, path: str, header: str) -> None:
-    response = await http.get(path, headers={"authorization": header.encode("latin-1").decode("latin-1").encode("latin-1")})
+    response = await http.get(path, headers=[(b"authorization", header.encode("latin-1"))])
     problem(response, 401, "unauthorized")
     assert response.headers["www-authenticate"].startswith("Bearer")
 
@@ -308,7 +308,7 @@ async def test_waiting_input_ends_with_its_sender(url: str, verbs: Memory) -> No
     _, running = await raw(url, 'POST /v1/machines/m/exec\n{"argv": ["sleep"]}')
     await until(lambda: verbs.live)
     verbs.live[1].put_nowait(b"the queue is full")
-    reader, writer = await raw(url, 'POST /v1/machines/m/processes/1/stdin\n"x"')
+    _, writer = await raw(url, 'POST /v1/machines/m/processes/1/stdin\n"x"')
     await until(lambda: any(call[0] == "input" for call in verbs.seen))
     tasks = len(asyncio.all_tasks())
     writer.close()

@@ -187,7 +187,14 @@ def test_written_sizes_are_read_back_within_three_digits(size: int) -> None:
 def test_fractions() -> None:
     assert spec.parse_size("1.5GiB") == 3 << 29
     assert spec.format_size(3 << 29) == "1.5 GiB"
-    assert [spec.format_size(n) for n in (0, 999, 1000, 1 << 20, 1023 << 20, 1 << 45)] == ["0 B", "999 B", "0.977 KiB", "1 MiB", "0.999 GiB", "32 TiB"]
+    assert [spec.format_size(n) for n in (0, 999, 1000, 1 << 20, 1023 << 20, 1 << 45)] == [
+        "0 B",
+        "999 B",
+        "0.977 KiB",
+        "1 MiB",
+        "0.999 GiB",
+        "32 TiB",
+    ]
 
 
 def test_memory_is_whole_mebibytes(tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ from alembic import context
 
 url = context.config.get_main_option("sqlalchemy.url")
 assert url
-engine = sa.create_engine(url)
+engine = sa.create_engine(url, poolclass=sa.NullPool)  # nothing stays open when a migration fails
 with engine.connect() as connection:
     context.configure(connection=connection)
     with context.begin_transaction():
         context.run_migrations()
-engine.dispose()

@@ -21,13 +21,14 @@ from ramet.errors import NotFoundError, RametError, SpecError, UnauthorizedError
 from ramet.rest import HEARTBEAT_EVERY, to_json
 from ramet.server import files, processes, routes
 from ramet.server.reply import GoneError, internal
-from ramet.server.requests import known_query
-from ramet.verbs import OUTPUT_LIMIT, Verbs
+from ramet.server.requests import BODY_LIMIT, known_query
+from ramet.verbs import Verbs
 
 LOOPBACK = frozenset(
     {"localhost", "127.0.0.1", "[::1]"}
 )  # the Host names that a browser cannot be tricked into sending to us for another site
-BODY_LIMIT = 2 * OUTPUT_LIMIT  # bytes of a JSON body, which is held whole: stdin of `run`, in base64
+
+_TOO_LARGE = "Send large input through `exec` and the process's stdin, or as a file."
 
 log = logging.getLogger("ramet.server")
 
@@ -70,12 +71,16 @@ class Gate:
         if refused := self._refuse(scope):
             await problem(refused)(scope, receive, send)
             return
-        began = False
+        began = replaced = False
 
         async def watched(message: Message) -> None:
-            nonlocal began
+            nonlocal began, replaced
             began = True
-            await send(message)
+            if message["type"] == "http.response.start" and message["status"] == 413:  # the framework's own words, as plain text
+                replaced = True
+                await problem(SpecError(f"the body is larger than {BODY_LIMIT >> 20} MiB", hint=_TOO_LARGE), 413)(scope, receive, send)
+            elif not replaced:
+                await send(message)
 
         try:
             await self._app(scope, receive, watched)
@@ -156,7 +161,6 @@ def create_app(verbs: Verbs, token: str, *, hosts: Iterable[str] = LOOPBACK, hea
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        max_body_size=BODY_LIMIT,
         dependencies=[Depends(known_query)],
         responses={"default": {"model": ErrorReply, "description": "What failed, and what to do about it"}},
         exception_handlers={

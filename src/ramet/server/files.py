@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from ramet.model import FileInfo
 from ramet.rest import BYTES, TAR
-from ramet.server.processes import UNLIMITED
 from ramet.server.reply import bytes_reply, done, record, until_gone
 from ramet.server.requests import GuestPath, GuestTarget, Name, User, VerbsDep, body, octal
 from ramet.verbs import WRITE_FLAGS
@@ -36,7 +35,6 @@ async def read_file(
     "",
     operation_id="write_file",
     status_code=204,
-    max_body_size=UNLIMITED,
     openapi_extra={"requestBody": {"content": {BYTES: {}}}},
     summary="Write the body to a file",
 )
@@ -112,7 +110,6 @@ async def pack(name: Name, request: Request, verbs: VerbsDep, path: GuestPath, u
     "/tree",
     operation_id="unpack",
     status_code=204,
-    max_body_size=UNLIMITED,
     openapi_extra={"requestBody": {"content": {TAR: {}}}},
     summary="Write a tar stream into a directory",
 )

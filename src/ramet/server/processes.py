@@ -10,9 +10,7 @@ from starlette.responses import Response
 from ramet.model import Command, Process, Size
 from ramet.rest import PIECE, STREAM, RunReply, RunRequest
 from ramet.server.reply import done, process_reply, record, until_gone
-from ramet.server.requests import Name, ProcessId, VerbsDep, body
-
-UNLIMITED = 1 << 62  # bytes of a body that is passed on as it arrives
+from ramet.server.requests import BODY_LIMIT, Name, ProcessId, VerbsDep, body
 
 router = APIRouter(prefix="/v1/machines/{name}", tags=["processes"])
 
@@ -25,13 +23,20 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("/run", operation_id="run", response_model=RunReply, summary="Run a command to its end")
+@router.post("/run", operation_id="run", max_body_size=BODY_LIMIT, response_model=RunReply, summary="Run a command to its end")
 async def run(name: Name, request: Request, verbs: VerbsDep, command: RunRequest) -> Response:
     what, stdin = command.split()
     return record(RunReply.of(await until_gone(request, verbs.run(name, what, stdin))))
 
 
-@router.post("/exec", operation_id="execute", response_class=Response, responses=_STREAM, summary="Start a command and stream what it does")
+@router.post(
+    "/exec",
+    operation_id="execute",
+    max_body_size=BODY_LIMIT,
+    response_class=Response,
+    responses=_STREAM,
+    summary="Start a command and stream what it does",
+)
 async def execute(name: Name, request: Request, verbs: VerbsDep, command: Command) -> Response:
     return await process_reply(request, verbs.execute(name, command))
 
@@ -56,7 +61,6 @@ async def attach(name: Name, process: ProcessId, request: Request, verbs: VerbsD
     "/processes/{process}/stdin",
     operation_id="send_input",
     status_code=204,
-    max_body_size=UNLIMITED,
     openapi_extra={"requestBody": {"content": {"application/octet-stream": {}}}},
     summary="Write the body to a process's stdin; waits while the process does not read",
 )
@@ -75,7 +79,13 @@ async def send_input(
     return done()
 
 
-@router.post("/processes/{process}/signal", operation_id="signal", status_code=204, summary="Signal a process's whole group")
+@router.post(
+    "/processes/{process}/signal",
+    operation_id="signal",
+    max_body_size=BODY_LIMIT,
+    status_code=204,
+    summary="Signal a process's whole group",
+)
 async def signal(
     name: Name, process: ProcessId, verbs: VerbsDep, signal: Annotated[int, Body(embed=True, ge=1, le=64, description="Its number.")]
 ) -> Response:
@@ -83,7 +93,13 @@ async def signal(
     return done()
 
 
-@router.post("/processes/{process}/resize", operation_id="resize", status_code=204, summary="Change the size of a process's terminal")
+@router.post(
+    "/processes/{process}/resize",
+    operation_id="resize",
+    max_body_size=BODY_LIMIT,
+    status_code=204,
+    summary="Change the size of a process's terminal",
+)
 async def resize(name: Name, process: ProcessId, verbs: VerbsDep, size: Size) -> Response:
     await verbs.resize(name, process, size.rows, size.columns)
     return done()

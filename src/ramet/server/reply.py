@@ -100,6 +100,7 @@ class StreamReply(Response):
         try:
             async for chunk in self.chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await asyncio.sleep(0)  # a source that never waits must not starve the rest, nor the news that the client is gone
         except Exception as error:
             # The status is out, so the only way to say that this is not the end is to break the connection:
             # returning before the last piece of the body makes uvicorn do so.

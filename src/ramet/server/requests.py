@@ -11,7 +11,9 @@ from starlette.requests import ClientDisconnect
 
 from ramet.errors import SpecError
 from ramet.server.reply import GoneError
-from ramet.verbs import Verbs
+from ramet.verbs import OUTPUT_LIMIT, Verbs
+
+BODY_LIMIT = 2 * OUTPUT_LIMIT  # bytes of a JSON body, which is held whole: stdin of `run`, in base64
 
 
 def get_verbs(request: Request) -> Verbs:

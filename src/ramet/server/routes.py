@@ -14,7 +14,7 @@ from ramet.errors import RametError
 from ramet.model import Event, HostInfo, Machine, Port, Spec
 from ramet.rest import BYTES, HEARTBEAT, LINES, to_json
 from ramet.server.reply import StreamReply, close, done, internal, record, take, until_gone
-from ramet.server.requests import Name, VerbsDep
+from ramet.server.requests import BODY_LIMIT, Name, VerbsDep
 
 router = APIRouter()
 
@@ -34,6 +34,7 @@ async def info(verbs: VerbsDep) -> Response:
 @router.post(
     "/v1/machines",
     operation_id="create",
+    max_body_size=BODY_LIMIT,
     tags=["machines"],
     status_code=201,
     response_model=Machine,
@@ -109,6 +110,7 @@ async def metrics(name: Name, request: Request, verbs: VerbsDep) -> Response:
 @router.post(
     "/v1/machines/{name}/ports",
     operation_id="open_port",
+    max_body_size=BODY_LIMIT,
     tags=["ports"],
     response_model=Port,
     summary="Make a TCP port of the guest reachable on the host's loopback",

@@ -63,6 +63,13 @@ def is_alive(files: MachineDir) -> bool:
     return False
 
 
+def _signal(number: str) -> str:
+    try:
+        return signal.Signals(int(number)).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def postmortem(files: MachineDir) -> Death:
     """How the last QEMU in this directory ended, from what the shim and the guest's kernel wrote."""
     console = tail(files.console)
@@ -71,7 +78,7 @@ def postmortem(files: MachineDir) -> Death:
     except (FileNotFoundError, ValueError):
         return Death(clean=False, reason="QEMU and its shim were killed, or the host went down", log=console)
     if word == "signaled":
-        return Death(clean=False, reason=f"QEMU was killed by {signal.Signals(int(number)).name}", log=console)
+        return Death(clean=False, reason=f"QEMU was killed by {_signal(number)}", log=console)
     if number != "0":
         last = (tail(files.qemu_log).strip().splitlines() or ["no message"])[-1]
         return Death(clean=False, reason=f"QEMU exited with status {number}: {last}", log=tail(files.qemu_log))
@@ -202,6 +209,8 @@ class Vm:
         connecting: asyncio.Future[Any] = asyncio.ensure_future(Guest.connect(self.files.agent, deadline=deadline, resync=resync))
         try:
             await asyncio.wait([connecting, self.dead], return_when=asyncio.FIRST_COMPLETED)
+            if self.dead.cancelled():
+                raise MachineFailedError("the machine was let go")
             if self.dead.done() and not connecting.done():
                 await self._settled()
                 death = postmortem(self.files)
@@ -275,6 +284,7 @@ class Vm:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = -1
+            self.dead.cancel()  # whoever waits for the end would wait for ever
         if self._guest:
             self._guest.abort("released")
         if self._qmp:

@@ -1,0 +1,249 @@
+"""The SDK's face: machines as objects, over any `Verbs`. Asynchronous; `sdk` is the same for programs without an event loop.
+
+Processes are what people start all day, so `start` is theirs (and `run` when only the result counts); a machine is switched on
+with `power_on` and off with `stop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+
+from ramet.client import Client
+from ramet.errors import GuestError
+from ramet.filesystem import AsyncFiles
+from ramet.model import Command, Machine, Port, Process, Result, Size, Spec, State
+from ramet.streams import AsyncProcess, AsyncTerminal, Listener
+from ramet.verbs import Verbs
+
+# A login shell, the best there is. The profile may change PATH, so bash is looked for in the one that the process starts with.
+LOGIN_SHELL = ("sh", "-c", "command -v bash >/dev/null 2>&1 && exec bash -l; exec sh -l")
+
+_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Client] = weakref.WeakKeyDictionary()
+
+
+async def connect() -> Client:
+    """A client of this user's daemon (RAMET_URL, else the state directory's), which is started when none runs."""
+    if not os.environ.get("RAMET_URL"):
+        from ramet.service import ensure_running
+
+        await ensure_running()
+    return Client.discover()
+
+
+async def _verbs() -> Verbs:
+    """The client that machines share when they are not given one, one for each event loop."""
+    loop = asyncio.get_running_loop()
+    if loop not in _clients:
+        _clients[loop] = await connect()
+    return _clients[loop]
+
+
+async def disconnect() -> None:
+    """Close the connections that machines share in this event loop; they are made again when needed."""
+    if client := _clients.pop(asyncio.get_running_loop(), None):
+        await client.aclose()
+
+
+def argv(command: str | Sequence[str]) -> tuple[str, ...]:
+    """A string is for the shell, a sequence is taken as it is."""
+    return ("sh", "-c", command) if isinstance(command, str) else tuple(command)
+
+
+class AsyncMachine:
+    """A machine. Made by `create`, `get` and `list`. `files` are its files."""
+
+    def __init__(self, verbs: Verbs, record: Machine) -> None:
+        self._verbs = verbs
+        self._record = record
+        self.files = AsyncFiles(verbs, record.name)
+
+    def __repr__(self) -> str:
+        return f"<machine {self.name}: {self.state}>"
+
+    @classmethod
+    async def create(
+        cls,
+        name: str = "",
+        *,
+        image: str | None = None,
+        cpus: int | None = None,
+        memory: int | str | None = None,
+        disk: int | str | None = None,
+        env: Mapping[str, str] | None = None,
+        workdir: str | None = None,
+        user: str | None = None,
+        ports: Sequence[int | str] | None = None,
+        spec: Spec | None = None,
+        verbs: Verbs | None = None,
+    ) -> AsyncMachine:
+        """Make a machine and start it; returns when commands run in it.
+
+        memory, disk: bytes, or `512MiB`. ports: the guest's, or `HOST:GUEST`. spec: instead of all these (`ramet.spec.load` reads a
+        ramet.toml). SpecError for what is not valid, ExistsError when the name is taken, ImageError.
+        """
+        if spec is None:
+            from ramet.spec import build
+
+            given = {
+                "name": name,
+                "image": image,
+                "cpus": cpus,
+                "memory": memory,
+                "disk": disk,
+                "env": env,
+                "workdir": workdir,
+                "user": user,
+                "ports": ports,
+            }
+            spec = build({key: value for key, value in given.items() if value is not None}, source="create")
+        verbs = verbs or await _verbs()
+        return cls(verbs, await verbs.create(spec))
+
+    @classmethod
+    async def get(cls, name: str, *, verbs: Verbs | None = None) -> AsyncMachine:
+        """The machine of this name or id. NotFoundError when there is none."""
+        verbs = verbs or await _verbs()
+        return cls(verbs, await verbs.get(name))
+
+    @classmethod
+    async def list(cls, *, verbs: Verbs | None = None) -> builtins.list[AsyncMachine]:
+        """All machines."""
+        verbs = verbs or await _verbs()
+        return [cls(verbs, record) for record in await verbs.list()]
+
+    @property
+    def name(self) -> str:
+        return self._record.name
+
+    @property
+    def record(self) -> Machine:
+        """The machine as it was when last asked for; `refresh` asks."""
+        return self._record
+
+    @property
+    def state(self) -> State:
+        """As it was when last asked for."""
+        return self._record.state
+
+    async def refresh(self) -> Machine:
+        """The machine as it is now, with what it costs."""
+        self._record = await self._verbs.get(self.name)
+        return self._record
+
+    # its life
+
+    async def power_on(self) -> Machine:
+        """Boot it from its own disk."""
+        self._record = await self._verbs.start(self.name)
+        return self._record
+
+    async def stop(self, *, force: bool = False) -> Machine:
+        """Power it off. force: at once, as a power cut."""
+        self._record = await self._verbs.stop(self.name, force=force)
+        return self._record
+
+    async def delete(self) -> None:
+        """Remove it and its disk, whatever it is doing."""
+        await self._verbs.delete(self.name)
+
+    async def logs(self, *, source: str = "console", lines: int = 200) -> bytes:
+        """The tail of the guest's console, or of QEMU's messages (`qemu`)."""
+        return await self._verbs.logs(self.name, source=source, lines=lines)
+
+    async def metrics(self) -> dict[str, float]:
+        """The guest's own numbers: memory, cpu, pressure, disk."""
+        return await self._verbs.metrics(self.name)
+
+    async def open_port(self, guest: int, host: int = 0) -> Port:
+        """Make a TCP port of the guest reachable on the host's loopback. host 0: any free one."""
+        return await self._verbs.open_port(self.name, Port(guest=guest, host=host))
+
+    async def close_port(self, guest: int) -> None:
+        await self._verbs.close_port(self.name, guest)
+
+    # processes
+
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        timeout: float | None = None,
+        stdin: bytes | str = b"",
+        check: bool = False,
+    ) -> Result:
+        """Run a command to its end. A string runs through `sh -c`, a sequence as it is.
+
+        timeout: seconds, then it is killed (ending `timeout`). check: GuestError unless its status is 0. OutcomeUnknownError when
+        the line broke while it may have run; it is never run twice.
+        """
+        what = Command(argv=argv(command), env=dict(env or {}), cwd=cwd, user=user, timeout=timeout)
+        result = await self._verbs.run(self.name, what, stdin.encode() if isinstance(stdin, str) else stdin)
+        if check and result.status:
+            said = (result.stderr or result.stdout).decode(errors="replace").strip()
+            raise GuestError(
+                f"`{command if isinstance(command, str) else ' '.join(command)}` ended with status {result.status}"
+                + (f": {said.splitlines()[-1][:200]}" if said else ""),
+                details={"status": result.status, "ending": result.ending, "output": said[-4096:]},
+            )
+        return result
+
+    async def start(
+        self,
+        command: str | Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        timeout: float | None = None,
+        stdin: bool = False,
+        detach: bool = False,
+        label: str = "",
+        on_stdout: Listener | None = None,
+        on_stderr: Listener | None = None,
+    ) -> AsyncProcess:
+        """Start a command and return while it runs. stdin: it will be sent some. detach: it outlives this program.
+
+        on_stdout, on_stderr: called with what it writes, as it comes (a coroutine is awaited); the stream itself stays empty then.
+        """
+        what = Command(
+            argv=argv(command), env=dict(env or {}), cwd=cwd, user=user, timeout=timeout, stdin=stdin, detach=detach, label=label
+        )
+        return await AsyncProcess.open(self._verbs, self.name, self._verbs.execute(self.name, what), on_stdout, on_stderr)
+
+    async def terminal(
+        self,
+        rows: int = 24,
+        columns: int = 80,
+        *,
+        command: str | Sequence[str] = LOGIN_SHELL,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+    ) -> AsyncTerminal:
+        """A command on a terminal of its own; a login shell unless named."""
+        size = Size(rows=rows, columns=columns)
+        what = Command(argv=argv(command), env={"TERM": "xterm-256color", **(env or {})}, cwd=cwd, user=user, stdin=True, pty=size)
+        return await AsyncTerminal.open(self._verbs, self.name, self._verbs.execute(self.name, what))
+
+    async def processes(self) -> builtins.list[Process]:
+        """What the agent started and has not forgotten."""
+        return await self._verbs.processes(self.name)
+
+    async def attach(self, process: int, *, on_stdout: Listener | None = None, on_stderr: Listener | None = None) -> AsyncProcess:
+        """Follow a process that runs already; the last 64 KiB that nobody read come first. Who followed it before no longer does."""
+        return await AsyncProcess.open(self._verbs, self.name, self._verbs.attach(self.name, process), on_stdout, on_stderr)
+
+    async def signal(self, process: int, number: int = 15) -> None:
+        """Signal a process's whole group."""
+        await self._verbs.signal(self.name, process, number)
+
+    async def forget(self, process: int) -> None:
+        """Drop a finished process from the list."""
+        await self._verbs.forget(self.name, process)

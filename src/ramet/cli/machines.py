@@ -1,0 +1,400 @@
+"""Machines: make, list, show, start, stop, delete; the host; ports; events."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ramet.cli import text
+from ramet.cli.base import Directory, Env, Json, Name, OptionalName, User, app, client, environment, find_spec, own_name, perform
+from ramet.errors import NotFoundError, SpecError
+from ramet.model import Machine, Spec, State
+
+if TYPE_CHECKING:
+    from ramet.client import Client
+
+_COLOURS = {State.RUNNING: text.GREEN, State.FAILED: text.RED, State.STOPPED: text.DIM}
+
+
+@app.command()
+def up(
+    where: Annotated[
+        Path | None, typer.Argument(help="A ramet.toml or its directory; the nearest one upward when left out.", show_default=False)
+    ] = None,
+    name: Annotated[str, typer.Option(help="Call the machine this instead.", show_default=False)] = "",
+    json: Json = False,
+) -> None:
+    """Bring up the machine that a ramet.toml describes: make it, or start it when it is stopped."""
+
+    async def work() -> None:
+        from ramet.spec import load
+
+        path = where or find_spec()
+        if not path:
+            raise SpecError(
+                "there is no ramet.toml here or above", hint="Write one (docs/spec.md), or `ramet create NAME` makes a machine without."
+            )
+        spec = load(path)
+        spec = dataclasses.replace(spec, name=name) if name else spec
+        async with client() as verbs:
+            machine, was = await _bring_up(verbs, spec)
+            if json:
+                text.as_json(machine)
+                return
+            _ready(machine, was)
+            for change in _changes(machine.spec, spec):
+                text.note(f"note: {change} in {path}: `ramet delete {machine.name}` and `ramet up` apply it to a new disk.")
+
+    perform(work, json=json)
+
+
+async def _bring_up(verbs: Client, spec: Spec) -> tuple[Machine, State | None]:
+    """The running machine, and the state that it was found in."""
+    from ramet.cli.progress import steps
+
+    try:
+        found = await verbs.get(spec.name)
+    except NotFoundError:
+        async with steps(verbs, spec.name):
+            return await verbs.create(spec), None
+    if found.state is State.RUNNING:
+        return found, found.state
+    async with steps(verbs, spec.name):
+        return await verbs.start(spec.name), found.state
+
+
+def _changes(old: Spec, new: Spec) -> list[str]:
+    """What a definition says now that the machine was not made with."""
+    return [
+        f"`{field.name}` has changed"
+        for field in dataclasses.fields(Spec)
+        if field.name not in ("name", "ports") and getattr(old, field.name) != getattr(new, field.name)
+    ]
+
+
+def _ready(machine: Machine, was: State | None) -> None:
+    """Say that it runs, and how to go on."""
+    how = {None: "is made and runs", State.RUNNING: "was running already"}.get(was, "runs again")
+    details = [
+        machine.accelerator.words if machine.accelerator else "",
+        f"booted in {machine.boot_time:.1f} s" if machine.boot_time and was is not State.RUNNING else "",
+    ]
+    said = ", ".join(filter(None, details))
+    text.say(f"{paint_name(machine)} {how}{f' ({said})' if said else ''}.")
+    for port in machine.ports:
+        text.say(f"  port {port.guest} is http://127.0.0.1:{port.host}" if port.host else f"  port {port.guest}")
+    text.say(f"  ramet shell {machine.name}")
+    text.say(f"  ramet run {machine.name} -- COMMAND")
+    text.say(f"  ramet stop {machine.name}")
+
+
+def paint_name(machine: Machine) -> str:
+    return text.paint(machine.name, text.BOLD)
+
+
+@app.command()
+def down(name: OptionalName = "", json: Json = False) -> None:
+    """Stop the machine of this directory's ramet.toml, or the one named. Its disk stays."""
+
+    async def work() -> None:
+        async with client() as verbs:
+            which = own_name(name)
+            found = await verbs.get(which)
+            machine = found if found.state is State.STOPPED else await verbs.stop(which)
+            text.as_json(machine) if json else text.say(
+                f"{machine.name} is stopped; `ramet up` or `ramet start {machine.name}` starts it again."
+            )
+
+    perform(work, json=json)
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
+    image: Annotated[str, typer.Option(help="debian:SUITE, an OCI image, oci:DIRECTORY or docker-archive:FILE.", show_default=False)] = "",
+    cpus: Annotated[int | None, typer.Option(show_default=False)] = None,
+    memory: Annotated[str, typer.Option(help="Such as 512MiB or 2G.", show_default=False)] = "",
+    disk: Annotated[str, typer.Option(help="Such as 8G.", show_default=False)] = "",
+    env: Env = None,
+    port: Annotated[
+        list[str] | None, typer.Option("--port", "-p", help="GUEST or HOST:GUEST; may be repeated.", show_default=False)
+    ] = None,
+    user: User = "",
+    workdir: Directory = "",
+    json: Json = False,
+) -> None:
+    """Make a machine and start it, without a ramet.toml."""
+
+    async def work() -> None:
+        from ramet.cli.progress import steps
+        from ramet.spec import build
+
+        given = {
+            "name": name, "image": image, "cpus": cpus, "memory": memory, "disk": disk, "env": environment(env),
+            "ports": port, "user": user, "workdir": workdir,
+        }  # fmt: skip
+        spec = build({key: value for key, value in given.items() if value not in (None, "", {})}, source="create")
+        async with client() as verbs:
+            async with steps(verbs, spec.name):
+                machine = await verbs.create(spec)
+            text.as_json(machine) if json else _ready(machine, None)
+
+    perform(work, json=json)
+
+
+@app.command(name="list")
+def list_machines(json: Json = False) -> None:
+    """All machines."""
+
+    async def work() -> None:
+        async with client() as verbs:
+            machines = await verbs.list()
+        if json:
+            text.as_json(machines)
+        elif machines:
+            _table(machines)
+        else:
+            text.note("There are no machines. `ramet up` makes the one that a ramet.toml describes, `ramet create NAME` one without.")
+
+    perform(work, json=json)
+
+
+def _table(machines: list[Machine]) -> None:
+    heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "DISK", "AGE")
+    rows = [
+        (m.name, _state(m), m.spec.image, str(m.spec.cpus), text.size(m.spec.memory), text.size(m.spec.disk), text.age(m.created_at))
+        for m in machines
+    ]
+    lines = text.table(heads, rows, give=2, paints=[_COLOURS.get(m.state, text.YELLOW) for m in machines])
+    text.say(lines[0])
+    for machine, line in zip(machines, lines[1:], strict=True):
+        text.say(line)
+        if machine.reason and machine.state is State.FAILED:
+            text.say(text.paint(f"  {text.clean(machine.reason)}"[: text.width()], text.RED))
+
+
+def _state(machine: Machine) -> str:
+    fraction = machine.activity.fraction if machine.activity else None
+    return machine.state if fraction is None else f"{machine.state} {fraction:.0%}"
+
+
+@app.command()
+def show(name: OptionalName = "", json: Json = False) -> None:
+    """One machine in detail, with what it costs now."""
+
+    async def work() -> None:
+        async with client() as verbs:
+            machine = await verbs.get(own_name(name))
+        if json:
+            text.as_json(machine)
+        else:
+            text.say("\n".join(text.facts(_facts(machine))))
+
+    perform(work, json=json)
+
+
+def _facts(machine: Machine) -> list[tuple[str, str]]:
+    spec, usage, activity = machine.spec, machine.usage, machine.activity
+    ports = [f"{p.guest} → 127.0.0.1:{p.host}" if p.host else str(p.guest) for p in machine.ports]
+    return [
+        ("name", machine.name),
+        ("id", machine.id),
+        ("state", text.paint(machine.state, _COLOURS.get(machine.state, text.YELLOW))),
+        ("doing", f"{activity.verb}: {activity.step}" if activity else ""),
+        ("reason", text.clean(machine.reason)),
+        ("image", f"{spec.image} ({machine.image_digest[:19]})" if machine.image_digest else spec.image),
+        ("cpus", str(spec.cpus)),
+        ("memory", text.size(spec.memory) + (f", {text.size(usage.memory)} of the host's in use" if usage else "")),
+        ("disk", text.size(spec.disk) + (f", {text.size(usage.disk)} of the host's in use" if usage else "")),
+        ("cpu time", f"{usage.cpu:.1f} s" if usage else ""),
+        ("user", spec.user),
+        ("workdir", spec.workdir),
+        ("environment", " ".join(f"{key}={text.clean(value)}" for key, value in spec.env.items())),
+        ("ports", ", ".join(ports)),
+        ("runs on", machine.accelerator.words if machine.accelerator else ""),
+        ("kernel", machine.kernel),
+        ("network", machine.network),
+        ("pid", str(machine.pid or "")),
+        ("made", f"{text.age(machine.created_at)} ago"),
+        ("started", f"{text.age(machine.started_at)} ago" if machine.started_at else ""),
+        ("booted in", f"{machine.boot_time:.2f} s" if machine.boot_time else ""),
+    ]
+
+
+@app.command()
+def start(name: OptionalName = "", json: Json = False) -> None:
+    """Start a stopped or failed machine from its own disk."""
+
+    async def work() -> None:
+        from ramet.cli.progress import steps
+
+        which = own_name(name)
+        async with client() as verbs:
+            async with steps(verbs, which):
+                machine = await verbs.start(which)
+            text.as_json(machine) if json else _ready(machine, State.STOPPED)
+
+    perform(work, json=json)
+
+
+@app.command()
+def stop(
+    name: OptionalName = "", force: Annotated[bool, typer.Option("--force", help="At once, as a power cut.")] = False, json: Json = False
+) -> None:
+    """Power a machine off. Its disk stays."""
+
+    async def work() -> None:
+        async with client() as verbs:
+            machine = await verbs.stop(own_name(name), force=force)
+            text.as_json(machine) if json else text.say(f"{machine.name} is stopped.")
+
+    perform(work, json=json)
+
+
+@app.command()
+def delete(
+    names: Annotated[list[str], typer.Argument(help="Machines' names.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove machines and their disks, whatever they are doing."""
+
+    async def work() -> None:
+        async with client() as verbs:
+            found = [await verbs.get(name) for name in names]  # all before the first: a slip of the keyboard deletes nothing
+            for machine in found:
+                if not dry_run:
+                    await verbs.delete(machine.name)
+                if not json:
+                    used = f", {text.size(machine.usage.disk)} on disk" if machine.usage else ""
+                    text.say(f"{machine.name} {'would be' if dry_run else 'is'} deleted ({machine.state}{used}).")
+            if json:
+                text.as_json([{"name": machine.name, "id": machine.id, "deleted": not dry_run} for machine in found])
+
+    perform(work, json=json)
+
+
+@app.command()
+def logs(
+    name: OptionalName = "",
+    source: Annotated[str, typer.Option(help="console: what the guest prints; qemu: the hypervisor's messages.")] = "console",
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many at most.")] = 200,
+    json: Json = False,
+) -> None:
+    """The end of what the guest printed on its console."""
+
+    async def work() -> None:
+        async with client() as verbs:
+            data = await verbs.logs(own_name(name), source=source, lines=lines)
+        said = data.decode(errors="replace")
+        if json:
+            text.as_json({"source": source, "text": said})
+        else:
+            text.say("\n".join(text.clean(line) for line in said.replace("\r\n", "\n").rstrip("\n").split("\n")))
+
+    perform(work, json=json)
+
+
+@app.command()
+def metrics(name: OptionalName = "", json: Json = False) -> None:
+    """The guest's own numbers: memory, cpu, pressure, disk."""
+
+    async def work() -> None:
+        async with client() as verbs:
+            found = await verbs.metrics(own_name(name))
+        if json:
+            text.as_json(found)
+        else:
+            text.say("\n".join(text.facts([(text.clean(key), f"{value:.12g}") for key, value in found.items()])))
+
+    perform(work, json=json)
+
+
+@app.command()
+def info(json: Json = False) -> None:
+    """This host: what machines run on, and what it cannot enforce."""
+
+    async def work() -> None:
+        async with client() as verbs:
+            host = await verbs.info()
+        if json:
+            text.as_json(host)
+            return
+        pairs = [
+            ("ramet", host.version),
+            ("machines", f"{host.machines}, {host.running} running"),
+            ("run on", f"{host.accelerator.words}{f': {host.accelerator_reason}' if host.accelerator_reason else ''}"),
+            ("kernel", f"{host.kernel} ({host.kernel_kind})"),
+            ("kernel build", host.kernel_build),
+            ("qemu", host.qemu),
+            ("cpus", str(host.cpus)),
+            ("memory", f"{text.size(host.memory)}, {text.size(host.memory_available)} available"),
+            ("disk", f"{text.size(host.disk_available)} available"),
+            ("network", host.network),
+            ("state", host.state_dir),
+        ]
+        text.say("\n".join(text.facts(pairs)))
+        for limit in host.limits:
+            text.say(f"{text.paint('limit', text.YELLOW)}  {limit}")
+
+    perform(work, json=json)
+
+
+@app.command()
+def forward(
+    name: Name,
+    ports: Annotated[list[str] | None, typer.Argument(help="GUEST, or HOST:GUEST; none: show what is open.", show_default=False)] = None,
+    close: Annotated[bool, typer.Option("--close", help="Take these ports of the guest back.")] = False,
+    json: Json = False,
+) -> None:
+    """Make TCP ports of a machine reachable on this computer's loopback."""
+
+    async def work() -> None:
+        from ramet.spec import parse_port
+
+        try:
+            wanted = [parse_port(port) for port in ports or []]
+        except ValueError as error:
+            raise SpecError(str(error)) from None
+        async with client() as verbs:
+            opened = []
+            for port in wanted:
+                if close:
+                    await verbs.close_port(name, port.guest)
+                else:
+                    opened.append(await verbs.open_port(name, port))
+            shown = opened if wanted and not close else list((await verbs.get(name)).ports)
+            if json:
+                text.as_json(shown)
+            else:
+                text.say(
+                    "\n".join(f"port {port.guest} of {name} is 127.0.0.1:{port.host}" for port in shown) or f"no port of {name} is open"
+                )
+
+    perform(work, json=json)
+
+
+@app.command()
+def events(name: Annotated[str, typer.Argument(help="Only this machine's.", show_default=False)] = "", json: Json = False) -> None:
+    """What happens, from now on, until Ctrl-C."""
+
+    async def work() -> None:
+        import sys
+        from time import localtime, strftime
+
+        from ramet.rest import to_json
+
+        async with client() as verbs:
+            async for event in verbs.events(name):
+                if json:
+                    text.say(to_json(event).decode())
+                else:
+                    what = event.state or (f"{event.activity.verb}: {event.activity.step}" if event.activity else event.kind)
+                    reason = f" ({event.reason})" if event.reason else ""
+                    text.say(text.clean(f"{strftime('%H:%M:%S', localtime(event.at))}  {event.machine}  {what}{reason}"))
+                sys.stdout.flush()
+
+    perform(work, json=json)

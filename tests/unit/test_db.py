@@ -1,0 +1,129 @@
+"""Machines in a real SQLite: what comes back, what is refused, and that the migrations end at what the code believes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import alembic.autogenerate
+import pytest
+import pytest_asyncio
+import sqlalchemy as sa
+from alembic.migration import MigrationContext
+
+from ramet import db
+from ramet.db import Database, Record
+from ramet.errors import ExistsError, HostError, NoSpaceError
+from ramet.model import Accelerator, InitMode, Lifecycle, Port, Spec, State
+
+SPEC = Spec(name="web", env={"A": "ü"}, ports=(Port(guest=80, host=8000),), lifecycle=Lifecycle(create="x"), init=InitMode.IMAGE)
+FULL = Record(
+    id="1",
+    name="web",
+    state=State.RUNNING,
+    spec=SPEC,
+    created_at=1.5,
+    image_digest="sha256:0",
+    reason="because",
+    started_at=2.25,
+    boot_time=0.5,
+    initialised=True,
+    accelerator=Accelerator.TCG,
+    kernel="6.1",
+)
+
+
+@pytest_asyncio.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    async with Database.open(tmp_path / "ramet.db") as opened:
+        yield opened
+
+
+def record(number: int) -> Record:
+    return Record(id=str(number), name=f"m{number}", state=State.CREATING, spec=Spec(name=f"m{number}"), created_at=float(number))
+
+
+async def test_every_field_comes_back(database: Database) -> None:
+    await database.insert(FULL)
+    await database.insert(record(2))
+    assert await database.machines() == [FULL, record(2)]
+
+
+async def test_changes_and_removals(database: Database) -> None:
+    for number in (3, 1, 2):
+        await database.insert(record(number))
+    changed = dataclasses.replace(record(2), state=State.FAILED, reason="no")
+    await database.update(changed)
+    await database.delete("3")
+    await database.delete("nobody")
+    assert await database.machines() == [record(1), changed]
+
+
+async def test_a_name_is_taken_once(database: Database) -> None:
+    await database.insert(record(1))
+    with pytest.raises(ExistsError):
+        await database.insert(dataclasses.replace(record(1), id="other"))
+    assert len(await database.machines()) == 1
+
+
+async def test_many_at_once(database: Database) -> None:
+    await asyncio.gather(*(database.insert(record(number)) for number in range(50)))
+    assert len(await database.machines()) == 50
+
+
+async def test_what_was_written_is_there_for_another_process(tmp_path: Path, database: Database) -> None:
+    await database.insert(record(1))
+    with sqlite3.connect(f"file:{tmp_path / 'ramet.db'}?mode=ro", uri=True) as other:
+        assert other.execute("SELECT name, state FROM machines").fetchall() == [("m1", "creating")]
+        assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other.close()
+
+
+async def test_migrations_end_at_the_schema_of_the_code(tmp_path: Path) -> None:
+    async with Database.open(tmp_path / "ramet.db"):
+        pass
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'ramet.db'}")
+    with engine.connect() as connection:
+        differences = alembic.autogenerate.compare_metadata(MigrationContext.configure(connection), db.MACHINES.metadata)
+    engine.dispose()
+    assert not differences
+
+
+async def test_opening_again_migrates_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    for number in (1, 2):
+        async with Database.open(tmp_path / "ramet.db") as database:
+            await database.insert(record(number))
+    async with Database.open(tmp_path / "ramet.db") as database:
+        assert [each.id for each in await database.machines()] == ["1", "2"]
+
+
+async def test_a_path_with_a_percent_sign(tmp_path: Path) -> None:
+    directory = tmp_path / "50% of it"
+    directory.mkdir()
+    async with Database.open(directory / "ramet.db") as database:
+        await database.insert(record(1))
+    assert (directory / "ramet.db").exists()
+
+
+async def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "ramet.db").write_bytes(b"not a database, but long enough to look like a header of one" * 20)
+    with pytest.raises(HostError, match="the database cannot be used"):
+        async with Database.open(tmp_path / "ramet.db"):
+            pass
+
+
+async def test_a_full_disk(database: Database) -> None:
+    def fill() -> None:
+        with database._engine.connect() as connection:
+            used = connection.execute(sa.text("PRAGMA page_count")).scalar_one()
+            connection.execute(sa.text(f"PRAGMA max_page_count={used}"))
+
+    await database._in_worker(fill)
+    huge = dataclasses.replace(record(1), reason="x" * 200_000)
+    with pytest.raises(NoSpaceError, match="no space left") as caught:
+        await database.insert(huge)
+    assert caught.value.hint
+    assert await database.machines() == []
