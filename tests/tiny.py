@@ -12,7 +12,7 @@ from ramet import paths
 from tests.host import layouts
 
 APPLETS = """
-[ awk base64 basename cat chmod chown cmp cp cut date dd df dirname dmesg du echo env expr false find free getty grep groups gunzip gzip halt head
+[ awk base64 basename cat chmod chown cmp cp cut date dd df dirname dmesg du echo env expr fallocate false find free getty grep groups gunzip gzip halt head
 hexdump hostname httpd id init ip kill killall ln logger ls md5sum mkdir mkfifo mknod mktemp mount mv nc netstat nproc od pidof poweroff
 printf ps pwd readlink realpath reboot rm rmdir sed seq setsid sh sha256sum sleep sort stat stty su sync tail tar tee test timeout touch tr true tty
 truncate uname uniq umount uptime usleep wc wget which whoami xargs yes

@@ -6,30 +6,26 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import shutil
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ramet import cgroup, commands, guestfs, images, kernels, lifecycle, network, process, spec
+from ramet import bringup, cgroup, guestfs, images, lifecycle, spec
 from ramet.bus import Bus
 from ramet.commands import Forward
 from ramet.db import Database, Record
 from ramet.errors import BusyError, HostError, MachineFailedError, RametError, SpecError, StateError
 from ramet.guest import Stream
-from ramet.host import Boot, Host
+from ramet.host import Host
 from ramet.lifecycle import Operation
-from ramet.model import Activity, Command, Event, Image, ImageConfig, InitMode, Port, Started, State
+from ramet.model import Activity, Event, Image, ImageConfig, InitMode, Port, State
 from ramet.paths import MachineDir, StateDir
-from ramet.vm import argv
 from ramet.vm import machine as vm
 from ramet.vm.machine import Vm
 
 log = logging.getLogger("ramet")
 
-HOOK_DEADLINE = 3600.0  # seconds for a lifecycle command: package installations are slow
 _DYING = 5.0  # seconds that a guest which lost its agent gets to end by itself (a panic, a power-off) before it counts as failed
 _ADOPTING = 5.0  # seconds that the daemon's start waits for running machines to answer; the rest is found in the background
 
@@ -177,14 +173,14 @@ class Operations:
         files.root.mkdir(mode=0o700, exist_ok=True)
         if not files.disk.exists():
             self._doing(entry, "making the disk")
-            await _overlay(self.state.image(image.digest).disk, files, entry.record.spec.disk)
+            await bringup.overlay(self.state.image(image.digest).disk, files, entry.record.spec.disk)
         self._doing(entry, "preparing the kernel")
         boot = await self.host.boot()
         self._doing(entry, "booting")
         began = time.monotonic()
-        entry.vm = await Vm.launch(files, self._config(entry, boot, files), boot.binaries.shim)
+        entry.vm = await Vm.launch(files, bringup.config(entry.record.spec, boot, files, self.host.network), boot.binaries.shim)
         await self._set(entry, started_at=time.time(), accelerator=boot.probe.accelerator, kernel=boot.kernel.version)
-        self._limit(entry)
+        bringup.limit(self.host, entry.record.id, entry.record.spec, files)
         await entry.vm.connect_agent(deadline=vm.BOOT_DEADLINE, resync=False)
         await self._set(entry, boot_time=time.monotonic() - began)
         self._watch(entry, entry.vm)
@@ -201,33 +197,6 @@ class Operations:
         await self._set(entry, image_digest=image.digest)
         return image
 
-    def _config(self, entry: Entry, boot: Boot, files: MachineDir) -> argv.Config:
-        wanted = entry.record.spec
-        words = [kernels.cmdline(boot.kernel), "ramet.root=/dev/vda", f"ramet.hostname={wanted.name}", *network.kernel_words()]
-        if wanted.init is InitMode.IMAGE:
-            words.append("ramet.init=/sbin/init")
-        return argv.Config(
-            name=wanted.name,
-            accelerator=boot.probe.accelerator,
-            cpus=wanted.cpus,
-            memory=wanted.memory,
-            kernel=boot.kernel.image,
-            initrd=boot.initrd,
-            cmdline=" ".join(words),
-            disk=files.disk,
-            network=self.host.network,
-        )
-
-    def _limit(self, entry: Entry) -> None:
-        """Put the machine's processes under its limits; a host that refuses is reported, not fatal."""
-        if self.host.cgroups.directories:
-            try:
-                cgroup.enter(
-                    self.host.cgroups, entry.record.id, entry.record.spec, list(vm.pids(self.state.machine(entry.record.id)).values())
-                )
-            except OSError as error:
-                log.warning("%s runs without cgroup limits: %s", entry.record.name, error)
-
     async def _hooks(self, entry: Entry) -> None:
         """What the spec and the image want run in a machine that has booted."""
         assert entry.vm
@@ -241,37 +210,16 @@ class Operations:
         for port in wanted.ports:
             await self.open_port(entry, port)
         await self._hook(entry, "start", wanted.lifecycle.start)
-        service = entry.image.service
-        if wanted.entrypoint and service and wanted.init is InitMode.AGENT:
-            await self._service(entry, service)
+        if wanted.entrypoint and entry.image.service and wanted.init is InitMode.AGENT:
+            try:
+                await bringup.service(guest, wanted, entry.image)
+            except RametError as error:  # the machine is usable all the same
+                await self._set(entry, reason=f"the image's entrypoint did not start: {error.message}")
 
     async def _hook(self, entry: Entry, name: str, script: str) -> None:
-        """Run a lifecycle command; its failure is the operation's."""
-        if not script:
-            return
-        assert entry.vm
-        self._doing(entry, f"running lifecycle.{name}")
-        command = Command(argv=("sh", "-c", script), timeout=HOOK_DEADLINE, label=f"lifecycle.{name}")
-        result = await commands.run(entry.vm.guest, commands.effective(entry.record.spec, entry.image, command), b"")
-        if result.status:
-            text = (result.stderr or result.stdout).decode(errors="replace").strip()
-            raise MachineFailedError(
-                f"lifecycle.{name} ended with status {result.status}: {(text.splitlines() or ['no output'])[-1]}",
-                hint="Mend it in the spec, then delete and create the machine again.",
-                details={"log": text[-vm.TAIL :]},
-            )
-
-    async def _service(self, entry: Entry, service: tuple[str, ...]) -> None:
-        """Start the image's entrypoint; an image whose program is missing still makes a usable machine."""
-        assert entry.vm
-        command = commands.effective(entry.record.spec, entry.image, Command(argv=service, detach=True, label="entrypoint"))
-        try:
-            async with contextlib.aclosing(entry.vm.guest.execute(command).events()) as events:
-                async for event in events:
-                    if isinstance(event, Started):
-                        return
-        except RametError as error:
-            await self._set(entry, reason=f"the image's entrypoint did not start: {error.message}")
+        if script and entry.vm:
+            self._doing(entry, f"running lifecycle.{name}")
+            await bringup.hook(entry.vm.guest, entry.record.spec, entry.image, name, script)
 
     async def open_port(self, entry: Entry, port: Port) -> Port:
         if port.guest in entry.forwards:
@@ -316,7 +264,7 @@ class Operations:
         if root.exists():
             doomed = root.with_name(f".deleting-{root.name}")
             root.rename(doomed)
-            await asyncio.to_thread(_remove_tree, doomed)
+            await asyncio.to_thread(bringup.remove_tree, doomed)
         await self._db.delete(entry.record.id)
         self.entries.pop(entry.record.id, None)
         self.bus.publish(Event(at=time.time(), kind="removed", machine=entry.record.name))
@@ -373,7 +321,7 @@ class Operations:
         """Make the directories and processes agree with the database, and say in the log what was done."""
         for doomed in self.state.machines.glob(".deleting-*"):
             log.info("finishing the removal of %s", doomed.name)
-            await asyncio.to_thread(_remove_tree, doomed)
+            await asyncio.to_thread(bringup.remove_tree, doomed)
         adopting = []
         for record in await self._db.machines():
             entry = self.add(record)
@@ -450,36 +398,3 @@ def _retrieve(task: asyncio.Task[None]) -> None:
     """Keep an error whose caller is gone from being lost."""
     if not task.cancelled() and (error := task.exception()) and not isinstance(error, RametError):
         log.error("unexpected", exc_info=error)
-
-
-def _remove_tree(path: Path) -> None:
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        raise HostError(f"{path} cannot be removed: {error.strerror}", hint="Mend its permissions, then delete again.") from error
-
-
-async def _overlay(base: Path, files: MachineDir, size: int) -> None:
-    """The machine's own disk over its image: made aside, then renamed. The backing path is relative, so that the state directory can move."""
-    made = files.disk.with_suffix(".new")
-    relative = Path("../..") / base.relative_to(files.root.parent.parent)
-    try:
-        command = [
-            "qemu-img",
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-b",
-            str(relative),
-            "-F",
-            "raw",
-            "-o",
-            "cluster_size=64k,lazy_refcounts=on",
-            str(made),
-            str(size),
-        ]
-        (await process.run(command, deadline=60)).check("making the machine's disk")
-        made.rename(files.disk)
-    finally:
-        made.unlink(missing_ok=True)

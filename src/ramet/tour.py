@@ -176,7 +176,7 @@ async def web(tour: Tour) -> None:
         async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
             answer = await client.get(f"http://127.0.0.1:{port}/")
         what = "still runs" if running else "copied in and started, to stay"
-        step.end(Mark.OK, f"serve.pl {what}; curl http://127.0.0.1:{port} says:\n{answer.text.strip()}")
+        step.end(Mark.OK, f"serve.pl {what}; curl http://127.0.0.1:{port} answers\n{answer.text.strip()}")
 
 
 async def cost(tour: Tour) -> None:

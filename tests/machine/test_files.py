@@ -205,9 +205,10 @@ async def test_paths_that_are_not_there(box: Box, home: str, path: str) -> None:
 
 async def test_a_full_disk(box: Box, home: str) -> None:
     free = int((await box.engine.metrics(box.name))["disk_free"])
+    await box.sh(f"fallocate -l {free - (24 << 20)} {home}/most")
 
     async def zeroes() -> AsyncIterator[bytes]:
-        for _ in range(free // (1 << 20) + 32):
+        for _ in range(64):
             yield bytes(1 << 20)
 
     with pytest.raises(GuestError) as caught:
@@ -224,7 +225,7 @@ async def test_a_tree_out_and_in_again(box: Box, home: str) -> None:
     await box.sh(
         f"mkdir -p {home}/from/empty {home}/from/dir; cd {home}/from; echo data > dir/file; chown 1000:50 dir/file; chmod 4750 dir/file;"
         "ln -s /etc/passwd absolute; ln -s nowhere dangling; ln dir/file hard; chmod 1777 empty; mkfifo fifo; mknod char c 1 3;"
-        "touch -d 2001-02-03T04:05:06 dir; head -c 300000 /dev/urandom > dir/random"
+        "head -c 300000 /dev/urandom > dir/random; touch -d 2001-02-03T04:05:06 dir"
     )
     archive = await joined(box.engine.pack(box.name, f"{home}/from"))
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:

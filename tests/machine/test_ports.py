@@ -63,7 +63,7 @@ async def test_half_close_reaches_both_sides(box: Box) -> None:
     """The server answers only when the client has said that it is done."""
     serving = asyncio.ensure_future(box.sh("nc -l -p 9000 -e sha256sum"))
     port = (await box.engine.open_port(box.name, Port(guest=9000))).host
-    await box.sh("while ! grep -q :2328 /proc/net/tcp; do usleep 10000; done")
+    await box.sh("while ! grep -q :2328 /proc/net/tcp /proc/net/tcp6; do usleep 10000; done")
     data = os.urandom(300_000)
     reader, writer = await connect(port)
     writer.write(data)

@@ -191,13 +191,17 @@ def attach(
     process: Annotated[int, typer.Argument(help="Its number in `ramet ps`.")],
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Send stdin also from a terminal.")] = False,
 ) -> None:
-    """Follow a process that runs already: what it wrote last, what it writes, its exit status. Ctrl-C is passed on to it."""
+    """Follow a process that runs already: what it wrote last, what it writes, its exit status.
+
+    Ctrl-C ends the following; with -i, or when stdin is piped, it is passed on to the process.
+    """
 
     async def work() -> int:
         from ramet.cli import terminal as ours
 
         async with machine(name) as target:
             followed = await target.attach(process, on_stdout=ours.printer(ours.STDOUT), on_stderr=ours.printer(ours.STDERR))
-            return await ours.follow(followed, stdin=interactive or ours.has_input())
+            stdin = interactive or ours.has_input()
+            return await ours.follow(followed, stdin=stdin, signals=stdin)
 
     raise typer.Exit(perform(work, failed=FAILED))

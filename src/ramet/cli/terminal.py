@@ -147,10 +147,12 @@ class Interrupts:
             await self._process.signal(number)
 
 
-async def follow(process: AsyncProcess, *, stdin: bool) -> int:
-    """Send our stdin, wait for the end, pass our signals on. The status to leave with."""
+async def follow(process: AsyncProcess, *, stdin: bool, signals: bool = True) -> int:
+    """Send our stdin, wait for the end. signals: pass ours on; else they only end us. The status to leave with."""
     feeder = asyncio.create_task(feed(process.stdin, Reader())) if stdin else None
     try:
+        if not signals:
+            return (await process.wait()).status
         with Interrupts(process) as interrupts:
             ended = asyncio.create_task(process.wait())
             left = asyncio.create_task(interrupts.left.wait())
