@@ -74,7 +74,10 @@ async def _computer(context: Context, step: Step) -> Finding:
     """What nothing can be done about: the processor, the system, the space."""
     if platform.machine() != "x86_64":
         raise HostError(f"this is a {platform.machine()} computer; machines run on x86_64 (amd64) only")
-    release = platform.freedesktop_os_release()
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
     system = release.get("PRETTY_NAME", "Linux")
     free = shutil.disk_usage(_existing(context.state.root)).free
     if free < SPACE and not await _has_image(context):

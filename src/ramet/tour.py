@@ -236,7 +236,10 @@ async def _tour(console: Console) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """`ramet tour`. Raises RametError."""
+    if set(argv) & {"-h", "--help"}:
+        Console().print("Usage: ramet tour\n\nSet up what is missing, then make a machine and use it. Takes no arguments.", highlight=False)
+        return 0
     if argv:
-        raise SpecError(f"`ramet tour` takes no arguments, and got {' '.join(argv)}", hint=f"What it does: {__doc__}")
+        raise SpecError(f"`ramet tour` takes no arguments, and got {' '.join(argv)}")
     asyncio.run(_tour(Console()))
     return 0

@@ -1,6 +1,6 @@
 """An engine that kills itself, as `kill -9` would, at a chosen moment: `python -m tests.machine.doomed STATE MOMENT VERB SPEC`.
 
-MOMENT: `step:WORDS` (an activity), `state:STATE` (written to the database, not yet told), or `never`. VERB: create, start, stop, delete.
+MOMENT: `step:WORDS` (an activity), `state:STATE` (written to the database, not yet told), `removed`, or `never`. VERB: create, start, stop, delete.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def doom(moment: str) -> None:
 
     def fatal(self: Bus, event: Event) -> None:
         step = event.activity.step if event.activity else ""
-        if moment in (f"step:{step}", f"state:{event.state}"):
+        if moment in (f"step:{step}", f"state:{event.state}", event.kind):
             os.kill(os.getpid(), signal.SIGKILL)
         publish(self, event)
 

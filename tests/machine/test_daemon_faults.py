@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -13,20 +14,33 @@ from pathlib import Path
 import pytest
 
 from ramet import process
+from ramet.engine import Engine
 from ramet.errors import RametError
-from ramet.model import Command, Port, Spec, State
+from ramet.model import Command, Lifecycle, Port, Spec, State
 from ramet.paths import StateDir
 from ramet.records import dump
 from tests.fixtures import Artifacts, Box, States, opened
 
 DEADLINE = 240.0
+YES = """
+import asyncio, sys
+from pathlib import Path
+from ramet.engine import Engine
+from ramet.model import Command
+from ramet.paths import StateDir
+
+async def main():
+    async with Engine.open(StateDir(root=Path(sys.argv[1]))) as engine:
+        async for event in engine.execute("torn", Command(argv=("sh", "-c", "echo $$ > /tmp/pid; yes"))):
+            print(event, flush=True)
+
+asyncio.run(main())
+"""
 
 
 @contextlib.asynccontextmanager
 async def doomed(state: StateDir, moment: str, verb: str, spec: Spec) -> AsyncIterator[asyncio.subprocess.Process]:
     """Another process's engine, at work on the state directory."""
-    import json
-
     root = Path(__file__).parents[2]
     words = [sys.executable, "-m", "tests.machine.doomed", str(state.root), moment, verb, json.dumps(dump(spec))]
     async with asyncio.timeout(DEADLINE), process.running(words, cwd=root, env={"RAMET_CACHE": os.environ["RAMET_CACHE"]}) as child:
@@ -73,8 +87,6 @@ def pids(state: StateDir) -> Iterator[int]:
 )
 async def test_killed_while_creating(states: States, artifacts: Artifacts, moment: str, after: State) -> None:
     state = states.new()
-    from ramet.model import Lifecycle
-
     spec = artifacts.spec("victim", lifecycle=Lifecycle(create="true"))
     await die(state, moment, "create", spec)
     async with opened(state) as engine:
@@ -94,7 +106,7 @@ async def test_killed_while_creating(states: States, artifacts: Artifacts, momen
 async def test_killed_while_stopping(states: States, artifacts: Artifacts, moment: str, after: State) -> None:
     state = states.new()
     spec = artifacts.spec("victim")
-    async with Engine_without_cleanup(state) as engine:
+    async with Engine.open(state) as engine:
         await engine.create(spec)
     await die(state, moment, "stop", spec)
     async with opened(state) as engine:
@@ -103,31 +115,23 @@ async def test_killed_while_stopping(states: States, artifacts: Artifacts, momen
         assert list(pids(state)) == []
 
 
-@pytest.mark.parametrize("moment", ["state:deleting", "event:removed"])
+@pytest.mark.parametrize("moment", ["state:deleting", "removed"])
 async def test_killed_while_deleting(states: States, artifacts: Artifacts, moment: str) -> None:
     state = states.new()
     spec = artifacts.spec("victim")
-    async with Engine_without_cleanup(state) as engine:
+    async with Engine.open(state) as engine:
         await engine.create(spec)
-    await (die if moment.startswith("state") else survive)(state, moment, "delete", spec)
+    await die(state, moment, "delete", spec)
     async with opened(state) as engine:
         assert await engine.list() == []
     assert list(state.machines.iterdir()) == []
     assert list(pids(state)) == []
 
 
-@contextlib.asynccontextmanager
-async def Engine_without_cleanup(state: StateDir) -> AsyncIterator["Engine"]:  # noqa: N802
-    from ramet.engine import Engine
-
-    async with Engine.open(state) as engine:
-        yield engine
-
-
 async def test_killed_in_the_middle_of_a_removal(states: States, artifacts: Artifacts) -> None:
     """The directory was renamed, and not yet emptied."""
     state = states.new()
-    async with Engine_without_cleanup(state) as engine:
+    async with Engine.open(state) as engine:
         made = await engine.create(artifacts.spec("victim"))
         await engine.stop("victim", force=True)
     root = state.machine(made.id).root
@@ -145,7 +149,7 @@ async def test_machines_outlive_a_killed_daemon(states: States, artifacts: Artif
     await survive(state, "create", spec)
     before = sorted(pids(state))
     assert len(before) == 2
-    async with Engine_without_cleanup(state) as engine:
+    async with Engine.open(state) as engine:
         (machine,) = await engine.list()
         assert machine.state is State.RUNNING
         assert sorted(pids(state)) == before
@@ -166,11 +170,7 @@ async def test_a_daemon_killed_with_a_command_under_way(states: States, artifact
     """Its command goes when the next daemon takes the line; the line itself comes back at a frame's boundary."""
     state = states.new()
     await survive(state, "create", artifacts.spec("torn"))
-    words = "import asyncio, sys\nfrom pathlib import Path\nfrom ramet.engine import Engine\nfrom ramet.model import Command\nfrom ramet.paths import StateDir\n"
-    words += "async def main():\n    async with Engine.open(StateDir(root=Path(sys.argv[1]))) as engine:\n"
-    words += "        async for event in engine.execute('torn', Command(argv=('sh', '-c', 'echo $$ > /tmp/pid; yes'))):\n            print(event, flush=True)\n"
-    words += "asyncio.run(main())\n"
-    async with asyncio.timeout(DEADLINE), process.running([sys.executable, "-c", words, str(state.root)]) as child:
+    async with asyncio.timeout(DEADLINE), process.running([sys.executable, "-c", YES, str(state.root)]) as child:
         assert child.stdout
         for _ in range(20):
             assert await child.stdout.readline()
@@ -205,7 +205,7 @@ async def test_a_guest_that_powered_off_while_no_daemon_ran(states: States, arti
     state = states.new()
     await survive(state, "create", artifacts.spec("sleepy"))
     with pytest.raises(RametError):
-        async with Engine_without_cleanup(state) as engine:
+        async with Engine.open(state) as engine:
             (number,) = [int(line.split()[1]) for path in state.machines.glob("*/pids") for line in path.read_text().splitlines() if "qemu" in line]
             fd = os.pidfd_open(number)
             entry = next(iter(engine._ops.entries.values()))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from ramet.cli import text
+from ramet.cli.group import Group
 from ramet.errors import RametError, SpecError
 
 if TYPE_CHECKING:
@@ -25,49 +25,9 @@ FAILED = 125  # the status of `run` and `shell` when Ramet fails, as docker's: t
 INTERRUPTED = 130
 SPEC = "ramet.toml"
 
-# As `ramet --help` lists them: what one does first comes first.
-ORDER = (
-    *("tour", "setup", "up", "down", "shell", "run", "cp", "list", "show", "info", "logs", "create", "start", "stop", "delete"),
-    *("ps", "attach", "kill", "files", "forward", "metrics", "events", "bench", "daemon"),
-)
-
-
-class Ordered(TyperGroup):
-    """The commands in the order above."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-
-
-class Verbatim(TyperCommand):
-    """`[OPTIONS] NAME [OPTIONS] [--] COMMAND...`: where the command begins, what follows is its own, also what looks like an option of ours."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, self._marked(args))
-
-    def _marked(self, args: list[str]) -> list[str]:
-        """The arguments with `--` before the second that is no option, nor an option's value."""
-        taking = {opt for param in self.params for opt in param.opts if opt.startswith("-") and not getattr(param, "is_flag", False)}
-        seen = at = 0
-        while at < len(args):
-            arg = args[at]
-            if arg == "--":
-                break
-            if arg.startswith("-") and arg != "-":
-                # of -it all but the last letter are flags; -eA=B and --env=A=B bring their values along
-                last = arg if arg.startswith("--") else next((f"-{c}" for c in arg[1:] if f"-{c}" in taking), "")
-                at += 1 if last not in taking or (not arg.startswith("--") and not arg.endswith(last[1])) else 2
-                continue
-            seen += 1
-            if seen == 2:
-                return [*args[:at], "--", *args[at:]]
-            at += 1
-        return args
-
-
 app = typer.Typer(
     name="ramet",
-    cls=Ordered,
+    cls=Group,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -12,6 +12,7 @@ import typer
 
 from ramet.cli import text
 from ramet.cli.base import Json, User, app, client, machine, names, perform
+from ramet.cli.group import Group
 from ramet.errors import HostError, SpecError
 from ramet.model import FileInfo, FileType
 
@@ -29,7 +30,7 @@ _LETTERS = {
     FileType.SOCKET: "s",
 }
 
-files = typer.Typer(no_args_is_help=True, help="Look at, move and remove files of a machine.")
+files = typer.Typer(cls=Group, no_args_is_help=True, help="Look at, move and remove files of a machine.")
 app.add_typer(files, name="files")
 
 

@@ -9,9 +9,10 @@ import typer
 
 from ramet.cli import text
 from ramet.cli.base import Json, app, perform
+from ramet.cli.group import Group
 from ramet.errors import RametError
 
-daemon = typer.Typer(no_args_is_help=True, help="The daemon, which every command starts when it is needed.")
+daemon = typer.Typer(cls=Group, no_args_is_help=True, help="The daemon, which every command starts when it is needed.")
 app.add_typer(daemon, name="daemon")
 
 _PASS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -17,7 +17,6 @@ from ramet.cli.base import (
     Name,
     OptionalName,
     User,
-    Verbatim,
     app,
     client,
     environment,
@@ -25,6 +24,7 @@ from ramet.cli.base import (
     own_name,
     perform,
 )
+from ramet.cli.group import Verbatim
 from ramet.errors import SpecError
 from ramet.model import Command, Process
 
