@@ -34,7 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # Machines outlive a test, and so must the loop that holds their connections.
         shared = tier(item) == "machine"
         item.add_marker(pytest.mark.asyncio(loop_scope="session" if shared else "function"), append=False)
-        item.fixturenames.append("tasks_of_session" if shared else "tasks_of_function")  # the last to begin, after wider scopes
+        # After fixtures of wider scope, before the test's own: what those start they must end.
+        names = item.fixturenames
+        names.insert(names.index("leaks_of_test") + 1, "tasks_of_session" if shared else "tasks_of_function")
 
 
 @pytest.fixture(scope="session")

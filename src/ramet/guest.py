@@ -313,8 +313,9 @@ class Guest(asyncio.Protocol):
             self.send(agentwire.open_frames(next(self._numbers), Op.PING, 0, ()))
         self._schedule()
 
-    async def _call(self, op: Op, what: str, params: Iterable[bytes] = (), deadline: float = SHORT) -> bytes:
-        """An inline op: what it writes to channel 1, at most 1 MiB."""
+    async def _call(self, op: Op, what: str, params: Iterable[bytes] = (), deadline: float | None = None) -> bytes:
+        """An inline op: what it writes to channel 1, at most 1 MiB. deadline: SHORT, unless given."""
+        deadline = SHORT if deadline is None else deadline
         stream = self.open(op, what, params)
         parts: list[bytes] = []
         try:
@@ -332,7 +333,7 @@ class Guest(asyncio.Protocol):
             raise failed(event)
         return b"".join(parts)
 
-    async def ping(self, deadline: float = SHORT) -> None:
+    async def ping(self, deadline: float | None = None) -> None:
         await self._call(Op.PING, "a ping", deadline=deadline)
 
     def execute(self, command: Command, *, env: Mapping[str, str] | None = None, builtin: bool = False) -> Stream:

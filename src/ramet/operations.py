@@ -312,6 +312,7 @@ class Operations:
                 why = error.message
             else:
                 return
+            await asyncio.wait({machine.dead}, timeout=_DYING)  # a QEMU that ends closes its sockets first
         if not machine.dead.done() and entry.vm is machine and entry.operation is None:
             await self._set(entry, state=State.FAILED, reason=f"the guest's agent is gone ({why}); QEMU still runs")
 

@@ -225,7 +225,7 @@ async def test_a_tree_out_and_in_again(box: Box, home: str) -> None:
     await box.sh(
         f"mkdir -p {home}/from/empty {home}/from/dir; cd {home}/from; echo data > dir/file; chown 1000:50 dir/file; chmod 4750 dir/file;"
         "ln -s /etc/passwd absolute; ln -s nowhere dangling; ln dir/file hard; chmod 1777 empty; mkfifo fifo; mknod char c 1 3;"
-        "head -c 300000 /dev/urandom > dir/random; touch -d 2001-02-03T04:05:06 dir"
+        "head -c 300000 /dev/urandom > dir/random; touch -d '2001-02-03 04:05:06' dir"
     )
     archive = await joined(box.engine.pack(box.name, f"{home}/from"))
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:

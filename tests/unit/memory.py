@@ -181,6 +181,8 @@ class Memory:
                     yield Output(channel=Channel.STDOUT, data=b"<" + data + b">")
                 yield Exit(ending=Ending.SIGNALED, code=1)
                 return
+            case "deaf":
+                await asyncio.sleep(60)
             case "sleep":
                 while await self.live[number].get() is not None:
                     pass

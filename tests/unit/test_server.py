@@ -305,7 +305,7 @@ async def test_an_upload_that_breaks_off_is_not_a_file(url: str, verbs: Memory) 
 
 
 async def test_waiting_input_ends_with_its_sender(url: str, verbs: Memory) -> None:
-    _, running = await raw(url, 'POST /v1/machines/m/exec\n{"argv": ["sleep"]}')
+    _, running = await raw(url, 'POST /v1/machines/m/exec\n{"argv": ["deaf"]}')
     await until(lambda: verbs.live)
     verbs.live[1].put_nowait(b"the queue is full")
     _, writer = await raw(url, 'POST /v1/machines/m/processes/1/stdin\n"x"')

@@ -249,25 +249,30 @@ class Vm:
         """What this QEMU costs the host now."""
         return measure(self.pid, self.files.disk)
 
-    async def power_off(self, *, deadline: float = POWER_OFF_DEADLINE) -> str:
+    async def power_off(self, *, deadline: float | None = None) -> str:
         """The ladder: ask the agent, then ACPI's power button, then QEMU, then SIGKILL. Always ends; returns how, when it had to be impolite."""
+        deadline = POWER_OFF_DEADLINE if deadline is None else deadline
         rude = ""
         try:
             await self.guest.power_off(POWER_OFF_GRACE)
         except GuestError as error:
             rude = f"the agent could not be asked ({error.message}); the power button was pressed"
-            with contextlib.suppress(RametError):
-                assert self._qmp
-                await self._qmp("system_powerdown")
+            if not await self._tell_qemu("system_powerdown"):
+                deadline = 0  # QEMU itself does not answer: there is nobody to wait for
         if not await self._dies_within(deadline):
-            rude = f"the guest did not power off within {deadline:.0f} s; it was cut off"
-            with contextlib.suppress(RametError):
-                assert self._qmp
-                await self._qmp("quit")
-            if not await self._dies_within(5):
+            rude = f"the guest did not power off within {deadline:.0f} s; it was cut off" if deadline else "QEMU did not answer; it was cut off"
+            if not deadline or not await self._tell_qemu("quit") or not await self._dies_within(5):
                 rude += " with SIGKILL"
         await kill(self.files)
         return rude
+
+    async def _tell_qemu(self, command: str) -> bool:
+        """Whether QEMU's monitor took a command."""
+        assert self._qmp
+        with contextlib.suppress(RametError):
+            await self._qmp(command)
+            return True
+        return False
 
     async def _dies_within(self, seconds: float) -> bool:
         await asyncio.wait({self.dead}, timeout=seconds)
