@@ -1,6 +1,6 @@
-"""What a test may leave behind: processes, mounts, descriptors, network devices, cgroups, sockets and half-made files. A snapshot before, a comparison after.
+"""What a test may leave behind: processes, mounts, descriptors, network devices, cgroups, sockets, half-made files. A snapshot before, a comparison after.
 
-Everything that the tests start carries TMPDIR=SCRATCH in its environment (`ramet.process` passes that name on), so that a daemonised QEMU is told from a stranger's.
+Everything that the tests start carries TMPDIR=SCRATCH in its environment (`ramet.process` passes that on): a daemonised QEMU is told from a stranger's by it.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def _is_ours(pid: int, mark: bytes) -> bool:
 
 def _holds(pid: int, root: str) -> bool:
     with contextlib.suppress(OSError):
-        for fd in os.scandir(f"/proc/{pid}/fd"):
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                if os.readlink(fd.path).startswith(root):
+                if str(fd.readlink()).startswith(root):
                     return True
     return False
 
@@ -85,7 +85,7 @@ def processes(scratch: Scratch, *, thorough: bool) -> dict[int, Process]:
     pids = descendants(os.getpid())
     if thorough:
         mark, root = os.fsencode(scratch.root), str(scratch.root)
-        everyone = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+        everyone = {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()} - {os.getpid()}
         pids |= {pid for pid in everyone - pids if _is_ours(pid, mark) or _holds(pid, root)}
         pids -= _ancestors()
     found = {}
@@ -112,9 +112,9 @@ def _mounts(scratch: Scratch) -> set[str]:
 
 def _fds() -> set[str]:
     found = set()
-    for name in os.listdir("/proc/self/fd"):
+    for fd in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            found.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
+            found.add(f"{fd.name} -> {fd.readlink()}")
     # An event loop's own; this listing's; SQLite's, which it opens and closes as its locks allow.
     return {each for each in found if not each.endswith(("[eventpoll]", f"/proc/{os.getpid()}/fd", "/ramet.db", "/ramet.db-wal"))}
 
@@ -142,7 +142,10 @@ def _unowned(state: StateDir) -> set[str]:
         return set()
     known: set[str] = set()
     if state.database.exists():
-        with contextlib.closing(sqlite3.connect(f"file:{state.database}?mode=ro", uri=True)) as database, contextlib.suppress(sqlite3.Error):
+        with (
+            contextlib.closing(sqlite3.connect(f"file:{state.database}?mode=ro", uri=True)) as database,
+            contextlib.suppress(sqlite3.Error),
+        ):
             known = {row[0] for row in database.execute("SELECT id FROM machines")}
     found = {str(path) for path in state.machines.glob("*") if path.name not in known}
     for path in state.machines.glob("*/*"):

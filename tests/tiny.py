@@ -12,11 +12,11 @@ from ramet import paths
 from tests.host import layouts
 
 APPLETS = """
-[ awk base64 basename cat chmod chown cmp cp cut date dd df dirname dmesg du echo env expr fallocate false find free getty grep groups gunzip gzip halt head
-hexdump hostname httpd id init ip kill killall ln logger ls md5sum mkdir mkfifo mknod mktemp mount mv nc netstat nproc od pidof poweroff
-printf ps pwd readlink realpath reboot rm rmdir sed seq setsid sh sha256sum sleep sort stat stty su sync tail tar tee test timeout touch tr true tty
-truncate uname uniq umount uptime usleep wc wget which whoami xargs yes
-""".split()
+[ awk base64 basename cat chmod chown cmp cp cut date dd df dirname dmesg du echo env expr fallocate false find free getty grep groups gunzip gzip
+halt head hexdump hostname httpd id init ip kill killall ln logger ls md5sum mkdir mkfifo mknod mktemp mount mv nc netstat nproc od pidof ping
+poweroff printf ps pwd readlink realpath reboot rm rmdir sed seq setsid sh sha256sum sleep sort stat stty su sync tail tar tee test timeout touch
+tr true truncate tty umount uname uniq uptime usleep wc wget which whoami xargs yes
+"""
 
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\napp:x:1000:1000:app:/home/app:/bin/sh\n"
 GROUP = "root:x:0:\nnogroup:x:65534:\napp:x:1000:\nstaff:x:50:app\n"
@@ -34,7 +34,7 @@ def busybox() -> Path:
             subprocess.run(["dpkg-deb", "-x", str(next(Path(work).glob("*.deb"))), f"{work}/tree"], check=True, timeout=60)
             found = next(path for path in Path(work).glob("tree/**/bin/busybox"))
             shutil.copy2(found, f"{work}/busybox")
-            os.rename(f"{work}/busybox", cached)
+            (Path(work) / "busybox").rename(cached)
     return cached
 
 
@@ -44,9 +44,8 @@ def layout(root: Path) -> layouts.Layout:
     entries = [layouts.directory(name) for name in ("bin", "sbin", "dev", "etc", "home", "proc", "run", "srv", "sys", "usr", "var")]
     entries += [layouts.directory("tmp", 0o1777), layouts.directory("root", 0o700), layouts.directory("home/app", 0o755, 1000, 1000)]
     entries += [layouts.file("bin/busybox", binary, mode=0o755)]
-    entries += [layouts.symlink(f"bin/{name}", "busybox") for name in APPLETS]
+    entries += [layouts.symlink(f"bin/{name}", "busybox") for name in APPLETS.split()]
     entries += [layouts.symlink("sbin/init", "../bin/busybox")]
     entries += [layouts.file(f"etc/{name}", text.encode()) for name, text in (("passwd", PASSWD), ("group", GROUP), ("inittab", INITTAB))]
     config = {"Env": ["PATH=/bin:/sbin", "IMAGE=tiny"], "Cmd": ["sh"]}
     return layouts.make(root, layouts.layer(*entries), config=config)
-

@@ -52,6 +52,9 @@ class Client:
         state = state or StateDir.default()
         hint = "`ramet daemon start` starts it; RAMET_URL and RAMET_TOKEN name another."
         url, token = os.environ.get("RAMET_URL", ""), os.environ.get("RAMET_TOKEN", "")
+        if url and not token and not _local(url):
+            # The token of this computer's daemon is nobody else's business.
+            raise DaemonError(f"RAMET_URL names {url}, but RAMET_TOKEN is not set", hint="Set it to that daemon's token.")
         try:
             url = url or str(json.loads(state.daemon.read_text())["url"])
             token = token or state.token.read_text().strip()
@@ -282,6 +285,11 @@ class Client:
     async def unpack(self, name: str, path: str, data: AsyncIterable[bytes], *, owners: bool = False, user: str = "") -> None:
         query = {"path": path, "owners": owners, "user": user}
         await self._call("PUT", _files(name, "tree"), f"writing {path}", query=query, content=data, kind=TAR)
+
+
+def _local(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "unix" or parts.hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def _machine(name: str, *more: str | int) -> str:

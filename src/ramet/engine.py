@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 
 from ramet import commands, guestfs, lifecycle
+from ramet import spec as specs
 from ramet.db import Database, Record
 from ramet.errors import BusyError, ExistsError, NotFoundError, SpecError
 from ramet.guest import Guest, Stream
@@ -54,12 +55,11 @@ class Engine:
         return await self._ops.host.info(len(entries), sum(e.record.state is State.RUNNING for e in entries))
 
     async def create(self, spec: Spec) -> Machine:
+        spec = specs.check(spec)
         if any(entry.record.name == spec.name for entry in self._ops.entries.values()):
             raise ExistsError(
                 f"there is a machine {spec.name} already", hint=f"`ramet show {spec.name}` shows it; name the new one otherwise."
             )
-        if len({port.guest for port in spec.ports}) < len(spec.ports):
-            raise SpecError("`ports`: a guest port is named twice")
         record = Record(id=os.urandom(6).hex(), name=spec.name, state=State.CREATING, spec=spec, created_at=time.time())
         entry = self._ops.add(record)
         await self._ops.perform(entry, Operation.CREATE, self._ops.create)
@@ -98,6 +98,10 @@ class Engine:
 
     async def metrics(self, name: str) -> dict[str, float]:
         return await self._guest(name).metrics()
+
+    async def ping(self, name: str) -> None:
+        """The least that the line to a guest can do, for benches to compare with."""
+        await self._guest(name).ping()
 
     # commands
 

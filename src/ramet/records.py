@@ -29,7 +29,7 @@ def dump(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [dump(item) for item in value]
     kind: Any = type(value)
-    if is_dataclass(kind):
+    if is_dataclass(value):
         return {name: dump(getattr(value, name)) for name in _names(kind)}
     raise TypeError(f"{type(value).__name__} has no place in JSON")
 

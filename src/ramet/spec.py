@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
@@ -233,6 +234,25 @@ def build(data: Mapping[str, Any], *, source: str, text: str = "", default_name:
         ports=tuple(table.ports),
         lifecycle=Lifecycle(**table.lifecycle.model_dump()),
     )
+
+
+def check(wanted: Spec) -> Spec:
+    """A Spec that came over the API, held to the same limits as one from a file. Raises SpecError that names the key."""
+    checks = {"name": _name, "cpus": _cpus, "memory": _memory, "disk": _disk, "env": _env, "workdir": _absolute}
+    changes = {}
+    for key, each in checks.items():
+        try:
+            changes[key] = each(getattr(wanted, key))
+        except ValueError as error:
+            raise SpecError(f"`{key}`: {error}") from None
+    if not wanted.image:
+        raise SpecError("`image` is empty: write `debian:SUITE` or an image's name")
+    for port in wanted.ports:
+        if not (0 < port.guest < 65536 and 0 <= port.host < 65536):
+            raise SpecError(f"`ports`: {port.host}:{port.guest} is not a port: ports are 1 to 65535, a host port of 0 means any free one")
+    if len({port.guest for port in wanted.ports}) < len(wanted.ports):
+        raise SpecError("`ports`: a guest port is named twice")
+    return dataclasses.replace(wanted, **changes)
 
 
 def default_name(directory: Path) -> str:

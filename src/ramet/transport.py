@@ -10,8 +10,7 @@ from typing import Any
 import httpcore2
 import httpx2
 
-# Below the server's keep-alive (uvicorn is told 75 s), so that no request is written to a connection that is being closed.
-IDLE = 30.0
+IDLE = 4.0  # seconds that a connection is kept for the next request: below uvicorn's 5, so that none is written to one that is being closed
 
 
 class _Stream(httpcore2.AsyncNetworkStream):

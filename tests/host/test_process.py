@@ -14,13 +14,15 @@ import pytest
 from ramet import process
 from ramet.errors import CommandError, HostError, NoSpaceError
 
-STUBBORN = "import os,signal,sys; [signal.signal(n, signal.SIG_IGN) for n in (15, 1, 2)]; os.fork(); print('up', flush=True); signal.pause()"
+STUBBORN = (
+    "import os,signal,sys; [signal.signal(n, signal.SIG_IGN) for n in (15, 1, 2)]; os.fork(); print('up', flush=True); signal.pause()"
+)
 
 
 def group(pid: int) -> list[int]:
     """The live processes of a process group."""
     found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
+    for name in filter(str.isdigit, (path.name for path in Path("/proc").iterdir())):
         try:
             fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -147,7 +149,7 @@ async def test_a_detached_program_outlives_its_starter(tmp_path: Path) -> None:
         assert process.start_time(pid) is None, "a zombie is nobody"
     finally:
         os.close(fd)
-        os.waitpid(pid, 0)
+        process._detached.pop().wait()
 
 
 def test_start_time_names_a_process() -> None:

@@ -102,7 +102,9 @@ async def test_killed_while_creating(states: States, artifacts: Artifacts, momen
     assert list(state.machines.iterdir()) == []
 
 
-@pytest.mark.parametrize(("moment", "after"), [("state:stopping", State.STOPPED), ("step:powering off", State.STOPPED), ("state:stopped", State.STOPPED)])
+@pytest.mark.parametrize(
+    ("moment", "after"), [("state:stopping", State.STOPPED), ("step:powering off", State.STOPPED), ("state:stopped", State.STOPPED)]
+)
 async def test_killed_while_stopping(states: States, artifacts: Artifacts, moment: str, after: State) -> None:
     state = states.new()
     spec = artifacts.spec("victim")
@@ -163,7 +165,7 @@ async def test_machines_outlive_a_killed_daemon(states: States, artifacts: Artif
         box = Box(engine, "hardy")
         (found,) = await engine.processes("hardy")
         assert (found.pid, found.state, found.label) == (started.pid, "running", "background")
-        await box.sh("a=$(cat /tmp/alive); while [ \"$a\" = \"$(cat /tmp/alive)\" ]; do usleep 100000; done")
+        await box.sh('a=$(cat /tmp/alive); while [ "$a" = "$(cat /tmp/alive)" ]; do usleep 100000; done')
 
 
 async def test_a_daemon_killed_with_a_command_under_way(states: States, artifacts: Artifacts) -> None:
@@ -182,7 +184,9 @@ async def test_a_daemon_killed_with_a_command_under_way(states: States, artifact
         assert (await engine.get("torn")).state is State.RUNNING
 
 
-@pytest.mark.parametrize(("victims", "reason"), [(("qemu",), "QEMU was killed by SIGKILL"), (("shim", "qemu"), "QEMU and its shim were killed")])
+@pytest.mark.parametrize(
+    ("victims", "reason"), [(("qemu",), "QEMU was killed by SIGKILL"), (("shim", "qemu"), "QEMU and its shim were killed")]
+)
 async def test_a_machine_that_died_while_no_daemon_ran(states: States, artifacts: Artifacts, victims: tuple[str, ...], reason: str) -> None:
     state = states.new()
     await survive(state, "create", artifacts.spec("lonely"))
@@ -206,7 +210,9 @@ async def test_a_guest_that_powered_off_while_no_daemon_ran(states: States, arti
     await survive(state, "create", artifacts.spec("sleepy"))
     with pytest.raises(RametError):
         async with Engine.open(state) as engine:
-            (number,) = [int(line.split()[1]) for path in state.machines.glob("*/pids") for line in path.read_text().splitlines() if "qemu" in line]
+            (number,) = [
+                int(line.split()[1]) for path in state.machines.glob("*/pids") for line in path.read_text().splitlines() if "qemu" in line
+            ]
             fd = os.pidfd_open(number)
             entry = next(iter(engine._ops.entries.values()))
             assert entry.vm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -139,7 +138,7 @@ async def test_directory_and_environment(box: Box) -> None:
 
 async def test_long_arguments_arrive_and_too_long_ones_are_refused(box: Box) -> None:
     long = "x" * 100_000
-    result = await box.engine.run(box.name, Command(argv=("sh", "-c", 'echo ${#1} ${#2}', "sh", long, long)))
+    result = await box.engine.run(box.name, Command(argv=("sh", "-c", "echo ${#1} ${#2}", "sh", long, long)))
     assert result.stdout == b"100000 100000\n"
     with pytest.raises(GuestError, match="the command is too long"):
         await box.engine.run(box.name, Command(argv=("echo", "x" * 300_000)))
@@ -189,7 +188,7 @@ async def test_signals_go_to_the_group(box: Box) -> None:
 
 
 async def test_input_to_a_running_command(box: Box) -> None:
-    async with started(box, sh("while read line; do echo \"<$line>\"; done; echo end", stdin=True)) as (first, events):
+    async with started(box, sh('while read line; do echo "<$line>"; done; echo end', stdin=True)) as (first, events):
         for word in ("one", "two"):
             await box.engine.send_input(box.name, first.process, f"{word}\n".encode())
             assert await text_until(events, "\n") == f"<{word}>\n"
@@ -217,7 +216,7 @@ async def test_a_terminal(box: Box) -> None:
         await box.engine.send_input(box.name, first.process, b"\x03")  # Control-C reaches what is in the foreground
         await text_until(events, "$ ")
         await box.engine.send_input(box.name, first.process, b"exit 7\n")
-        out, err, ended = await rest(events)
+        _, err, ended = await rest(events)
     assert (err, ended) == (b"", Exit(ending=Ending.EXITED, code=7))
 
 
@@ -325,7 +324,7 @@ async def test_two_floods_share_the_line(box: Box) -> None:
 
 async def test_a_thousand_in_a_row_leak_nothing(box: Box) -> None:
     def here() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())
+        return len(list(Path("/proc/self/fd").iterdir())), len(asyncio.all_tasks())
 
     async def there() -> tuple[int, int, int]:
         text = await box.text("ps | wc -l; ls /proc/1/fd | wc -l; grep VmRSS /proc/1/status | tr -dc 0-9")

@@ -143,7 +143,9 @@ async def test_a_big_file_both_ways(box: Box, home: str, tmp_path: Path) -> None
 
 
 async def test_kinds(box: Box, home: str) -> None:
-    await box.sh(f"cd {home}; echo hello > file; mkdir dir; ln -s file link; mkfifo fifo; mknod char c 1 3; mknod block b 7 0; ln file hard")
+    await box.sh(
+        f"cd {home}; echo hello > file; mkdir dir; ln -s file link; mkfifo fifo; mknod char c 1 3; mknod block b 7 0; ln file hard"
+    )
     found = {info.name: info for info in await box.engine.list_files(box.name, home)}
     assert {name: info.type for name, info in found.items()} == {
         "file": FileType.FILE, "hard": FileType.FILE, "dir": FileType.DIRECTORY, "link": FileType.LINK, "fifo": FileType.FIFO,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -31,7 +32,7 @@ async def victim(engine: Engine, artifacts: Artifacts) -> AsyncIterator[Box]:
     await engine.delete("victim")
 
 
-async def running(box: Box, command: Command) -> "asyncio.Future[object]":
+async def running(box: Box, command: Command) -> asyncio.Future[object]:
     """A command that has started."""
     begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -123,7 +124,7 @@ async def test_a_guest_that_is_silent(victim: Box, state: StateDir, monkeypatch:
     loop = asyncio.get_running_loop()
     began = loop.time()
     try:
-        with pytest.raises(OutcomeUnknownError, match="outcome of `true` is unknown.*did not answer for 3 s") as caught:
+        with pytest.raises(OutcomeUnknownError, match=r"outcome of `true` is unknown.*did not answer for 3 s") as caught:
             await victim.engine.run("victim", Command(argv=("true",)))
         assert "may have run" in caught.value.hint
         assert loop.time() - began < 30
@@ -140,7 +141,9 @@ async def test_a_guest_that_is_silent(victim: Box, state: StateDir, monkeypatch:
                 await asyncio.sleep(0.1)
 
 
-async def test_a_silent_guest_can_be_stopped_and_deleted(engine: Engine, artifacts: Artifacts, state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_guest_can_be_stopped_and_deleted(
+    engine: Engine, artifacts: Artifacts, state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guest, "SHORT", 2.0)
     monkeypatch.setattr(qmp, "DEADLINE", 2.0)
     made = await engine.create(artifacts.spec("frozen"))
@@ -213,10 +216,8 @@ async def test_deleted_while_it_is_created(engine: Engine, artifacts: Artifacts,
     async with listening(engine) as ear:
         creating = asyncio.ensure_future(engine.create(artifacts.spec("unwanted")))
         await ear.until(lambda event: bool(event.activity and event.activity.step == step))
-        try:
+        with contextlib.suppress(NotFoundError):  # it may have cleaned up by itself
             await engine.delete("unwanted")
-        except NotFoundError:
-            pass  # it had cleaned up by itself
         with pytest.raises(RametError):
             await creating
     with pytest.raises(NotFoundError):

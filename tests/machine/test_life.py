@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import subprocess
 
 import pytest
 
+from ramet import process
 from ramet.engine import Engine
 from ramet.errors import BusyError, ExistsError, ImageError, MachineFailedError, NotFoundError, SpecError, StateError
 from ramet.model import Command, InitMode, Lifecycle, Port, State
@@ -104,7 +104,7 @@ async def test_environment_user_and_directory_of_spec_and_image(engine: Engine, 
 
 async def test_a_create_command_that_fails_leaves_a_machine_to_look_at(engine: Engine, artifacts: Artifacts) -> None:
     spec = artifacts.spec("hooked", lifecycle=Lifecycle(create="echo the reason >&2; exit 3"))
-    with pytest.raises(MachineFailedError, match="lifecycle.create ended with status 3: the reason"):
+    with pytest.raises(MachineFailedError, match=r"lifecycle\.create ended with status 3: the reason"):
         await engine.create(spec)
     machine = await engine.get("hooked")
     assert machine.state is State.FAILED
@@ -187,8 +187,8 @@ async def test_info(engine: Engine, box: Box) -> None:
 
 async def test_the_disk_is_an_overlay_that_can_be_moved(box: Box, state: StateDir) -> None:
     disk = state.machine((await box.get()).id).disk
-    shown = subprocess.run(["qemu-img", "info", "-U", "--output=json", str(disk)], capture_output=True, check=True)
-    about = json.loads(shown.stdout)
+    shown = await process.output(["qemu-img", "info", "-U", "--output=json", str(disk)], deadline=60)
+    about = json.loads(shown)
     assert about["format"] == "qcow2"
     assert about["backing-filename"].startswith("../../images/sha256-")
     assert about["actual-size"] < 40 << 20
@@ -202,7 +202,7 @@ async def test_what_the_guest_frees_leaves_the_host_s_file(box: Box, state: Stat
     await box.sh("rm /srv/big; sync")
     assert full > 30 << 20
     async with asyncio.timeout(60):
-        while disk.stat().st_blocks * 512 > full - (25 << 20):  # noqa: ASYNC110  (the journal commits within 5 s, and only then discards)
+        while disk.stat().st_blocks * 512 > full - (25 << 20):
             await box.sh("sync")
             await asyncio.sleep(0.2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import struct
 
 import pytest
@@ -83,7 +85,7 @@ def parse_host(data: bytes) -> list[tuple[int, int, int, bytes]]:
 def test_too_many_parameters_are_refused_before_they_are_sent() -> None:
     fits = [wire.param(Tag.ARG, "x" * (wire.MAX_PARAMS - 8))]
     assert wire.open_frames(1, Op.EXEC, 0, fits)
-    with pytest.raises(GuestError, match="the command is too long: 26214[0-9] bytes") as caught:
+    with pytest.raises(GuestError, match=r"the command is too long: 26214\d bytes") as caught:
         wire.open_frames(1, Op.EXEC, 0, [*fits, b"x"])
     assert "file" in caught.value.hint
 
@@ -104,7 +106,7 @@ frames_of_guests = st.lists(
 
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     edges = [0, *sorted({point % (len(data) + 1) for point in at}), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @given(frames_of_guests, st.lists(st.integers(0, 1 << 20), max_size=20), st.integers(0, 40))
@@ -202,10 +204,8 @@ def test_payloads_are_parsed_or_refused(data: bytes) -> None:
         wire.parse_processes,
         wire.parse_metrics,
     ):
-        try:
+        with contextlib.suppress(ProtocolError):
             parse(data)  # type: ignore[operator]
-        except ProtocolError:
-            pass
 
 
 FIELDS = st.one_of(
@@ -217,10 +217,8 @@ FIELDS = st.one_of(
 def test_records_that_nearly_are_ones(records: list[str]) -> None:
     data = "".join(f"{record}\0second\0" for record in records).encode(errors="surrogatepass")
     for parse in (wire.parse_files, wire.parse_processes):
-        try:
+        with contextlib.suppress(ProtocolError):
             parse(data)
-        except ProtocolError:
-            pass
 
 
 @given(st.text(max_size=100))

@@ -229,7 +229,12 @@ async def test_discover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         Client.discover(state)
     state.daemon.write_text('{"pid": 1, "url": "http://127.0.0.1:1"}')
     assert Client.discover(state).url == "http://127.0.0.1:1"
+    monkeypatch.setenv("RAMET_URL", "http://localhost:2")
+    assert Client.discover(state).url == "http://localhost:2"
     monkeypatch.setenv("RAMET_URL", "http://elsewhere:1")
+    with pytest.raises(DaemonError, match="RAMET_TOKEN is not set"):  # ours is not sent elsewhere
+        Client.discover(state)
+    monkeypatch.setenv("RAMET_TOKEN", "theirs")
     assert Client.discover(state).url == "http://elsewhere:1"
 
 

@@ -216,6 +216,16 @@ def end_without_a_kind(agent: FakeAgent, number: int) -> None:
     agent.send(Kind.END, number, struct.pack("<B3xi", 77, 0))
 
 
+def starts_twice(agent: FakeAgent, number: int) -> None:
+    agent.started(number)
+    agent.started(number)
+
+
+def eof_and(agent: FakeAgent, number: int, kind: Kind, payload: bytes = b"") -> None:
+    agent.send(Kind.EOF, number, flags=1)
+    agent.send(kind, number, payload, 1)
+
+
 def sync_again(agent: FakeAgent, number: int) -> None:
     agent.answer_sync(b"n" * 16)
 
@@ -225,9 +235,9 @@ HOSTILE: dict[str, Misbehave] = {
     "sends data on stdin": lambda agent, number: agent.send(Kind.DATA, number, b"x", 0),
     "sends data on a channel that is none": lambda agent, number: agent.send(Kind.DATA, number, b"x", 3),
     "sends empty data": lambda agent, number: agent.send(Kind.DATA, number, b"", 1),
-    "starts twice": lambda agent, number: [agent.started(number), agent.started(number)] and None,
+    "starts twice": starts_twice,
     "starts with half a pair": lambda agent, number: agent.send(Kind.STARTED, number, b"1234"),
-    "ends a channel twice": lambda agent, number: [agent.send(Kind.EOF, number, flags=1), agent.send(Kind.EOF, number, flags=1)] and None,
+    "ends a channel twice": lambda agent, number: eof_and(agent, number, Kind.EOF),
     "ends stdin": lambda agent, number: agent.send(Kind.EOF, number, flags=0),
     "ends in an unknown way": end_without_a_kind,
     "ends with too long a message": lambda agent, number: agent.end(number, message=b"m" * 5000),
@@ -239,8 +249,7 @@ HOSTILE: dict[str, Misbehave] = {
     "sends an unknown type": lambda agent, number: agent.send_raw(wire.HEADER.pack(9, 0, 0, number, 0)),
     "sends too long a frame": lambda agent, number: agent.send_raw(wire.HEADER.pack(Kind.DATA, 1, 0, number, 1 << 31)),
     "sends junk": lambda agent, number: agent.send_raw(b"\xde\xad\xbe\xef" * 64),
-    "sends data after the end of the channel": lambda agent, number: [
-        agent.send(Kind.EOF, number, flags=1), agent.send(Kind.DATA, number, b"x", 1)] and None,
+    "sends data after the end of the channel": lambda agent, number: eof_and(agent, number, Kind.DATA, b"x"),
 }  # fmt: skip
 
 

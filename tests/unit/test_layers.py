@@ -50,10 +50,6 @@ def resolve(dotted: str) -> tuple[str, str] | None:
     raise AssertionError(dotted)
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
 def imports(importer: str, tree: ast.AST) -> Iterator[Import]:
     """Every import, also those inside functions."""
     for node in ast.walk(tree):
@@ -79,9 +75,10 @@ def private_uses(importer: str, tree: ast.AST) -> Iterator[str]:
                 if (resolve(f"{node.module}.{a.name}") or ("", "x"))[1] == ""
             }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            if isinstance(node.value, ast.Name) and node.value.id in aliases:
-                yield f"{importer}:{node.lineno} uses {aliases[node.value.id]}.{node.attr}"
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases):
+            continue
+        if node.attr.startswith("_") and not node.attr.startswith("__"):
+            yield f"{importer}:{node.lineno} uses {aliases[node.value.id]}.{node.attr}"
 
 
 def matches(module: str, pattern: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -142,7 +143,7 @@ def test_a_directory_without_a_name_to_make_of(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="there is no .*ramet.toml"):
+    with pytest.raises(SpecError, match=r"there is no .*ramet\.toml"):
         spec.load(tmp_path)
     with pytest.raises(SpecError, match=r"not valid TOML: .*line 2"):
         spec.load(write(tmp_path, "name = 'a'\nname = 'b'\n"))
@@ -220,3 +221,23 @@ def test_no_table_gives_anything_but_a_spec_or_a_refusal(data: dict[str, object]
         assert isinstance(spec.build(data, source="x", default_name="web"), Spec)
     except SpecError as error:
         assert error.message.startswith("x")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": "a b ramet.init=/x"}, "`name`"),
+        ({"cpus": 0}, "`cpus`"),
+        ({"memory": 1}, "`memory`"),
+        ({"disk": 1 << 60}, "`disk`"),
+        ({"env": {"1x": ""}}, "`env`"),
+        ({"workdir": "srv"}, "`workdir`"),
+        ({"image": ""}, "`image`"),
+        ({"ports": (Port(guest=0),)}, "`ports`"),
+        ({"ports": (Port(guest=80), Port(guest=80, host=8000))}, "twice"),
+    ],
+)
+def test_a_spec_over_the_api_is_held_to_the_same_limits(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        spec.check(Spec(**{"name": "fine", **change}))
+    assert spec.check(Spec(name="fine")) == Spec(name="fine")

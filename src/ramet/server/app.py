@@ -150,10 +150,7 @@ async def _on_gone(request: Request, error: Exception) -> Response:
 
 
 def create_app(verbs: Verbs, token: str, *, hosts: Iterable[str] = LOOPBACK, heartbeat: float = HEARTBEAT_EVERY) -> FastAPI:
-    """REST over `verbs`. hosts: the names that the Host header may have, empty: any. heartbeat: seconds between signs of life on /v1/events.
-
-    Serve it with uvicorn's `timeout_keep_alive` above the client's 30 s, so that a connection is never closed under a request.
-    """
+    """REST over `verbs`. hosts: the names that the Host header may have, empty: any. heartbeat: seconds between signs of life on /v1/events."""
     app = FastAPI(
         title="Ramet",
         version=__version__,

@@ -1,0 +1,48 @@
+"""`ramet bench`: what the README promises, measured here and now, both sides of a ratio in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from ramet.bench import boot, execute, figures
+from ramet.bench.figures import Report
+from ramet.errors import RametError
+
+__all__ = ["BENCHES", "COULD_NOT_RUN", "main"]
+
+COULD_NOT_RUN = 2
+BENCHES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, Report]]] = {"boot": boot.run, "exec": execute.run}
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ramet bench",
+        description="Measure, and compare with what is promised. Exit status: 0 all goals hold, 1 one does not, 2 it could not be measured.",
+    )
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="the figures as a JSON list; what they were measured on goes to stderr")
+    common.add_argument("--image", default="debian:bookworm", help="what the measured machine boots (default: %(default)s)")
+    boot.options(
+        benches.add_parser("boot", parents=[common], help="the first command answered after a cold boot, against the least possible")
+    )
+    execute.options(benches.add_parser("exec", parents=[common], help="commands and file copies in a running machine"))
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a bench; returns the exit status."""
+    arguments = _arguments(argv)
+    try:
+        report = asyncio.run(BENCHES[arguments.bench](arguments))
+    except (RametError, OSError) as error:
+        hint = getattr(error, "hint", "")
+        sys.stderr.write(f"error: could not measure: {getattr(error, 'message', error)}\n" + (f"hint: {hint}\n" if hint else ""))
+        return COULD_NOT_RUN
+    sys.stderr.write(report.header + "\n" if arguments.json else "")
+    sys.stdout.write(figures.as_json(report) if arguments.json else figures.table(report))
+    return report.status
