@@ -104,7 +104,11 @@ def main(file: str, *argv: str) -> int:
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
         console.print(Text.from_ansi(f"\x1b[32m$\x1b[0m {' '.join(argv)}\n{screen.ansi()}"), soft_wrap=False)
-        console.save_svg(file, title=" ".join(argv))
+        picture = console.export_svg(title=" ".join(argv))
+    # Some viewers collapse even the no-break spaces that rich writes.
+    with open(file, "w") as out:
+        lines = picture.replace("<svg ", '<svg xml:space="preserve" ', 1).splitlines()
+        out.write("".join(f"{line.rstrip(' ')}\n" for line in lines))
     return status
 
 

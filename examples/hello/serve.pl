@@ -16,8 +16,7 @@ sub page {
     my ($uptime) = split ' ', first_line('/proc/uptime');
     my $boots = 0;
     if (open my $file, '<', 'boots') { $boots++ while <$file>; }
-    return sprintf "%s: %s, born %s, boot number %d, up for %.0f s\n", $ENV{GREETING} // 'Hello', first_line('/proc/sys/kernel/hostname'),
-        first_line('born'), $boots, $uptime;
+    return sprintf "%s: %s, boot number %d, up for %.0f s\n", $ENV{GREETING} // 'Hello', first_line('/proc/sys/kernel/hostname'), $boots, $uptime;
 }
 
 my $server = IO::Socket::INET->new(LocalPort => 8080, Listen => 16, ReuseAddr => 1) or die "cannot listen on port 8080: $!\n";

@@ -196,7 +196,8 @@ def parse_sync(payload: bytes) -> tuple[bytes, str]:
     (version,) = struct.unpack_from("<I", payload, NONCE)
     if version != VERSION:
         raise ProtocolError(
-            f"the guest's agent speaks protocol {version}, not {VERSION}", hint="Stop and start the machine, so that it boots the agent of this Ramet."
+            f"the guest's agent speaks protocol {version}, not {VERSION}",
+            hint="Stop and start the machine, so that it boots the agent of this Ramet.",
         )
     return payload[NONCE + 4 : NONCE + 20], printable(payload[NONCE + 20 :])
 

@@ -6,6 +6,8 @@ Version 2, and version 1 where hosts still have it.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def _usable(support: Support) -> Support:
     try:
         for directory in support.directories.values():
             directory.mkdir(exist_ok=True)
+            if not os.access(directory, os.W_OK):  # made by root, once
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
             if support.unified:
                 (directory.parent / "cgroup.subtree_control").write_text("+memory +cpu +pids")
                 (directory / "cgroup.subtree_control").write_text("+memory +cpu +pids")

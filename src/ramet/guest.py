@@ -377,7 +377,9 @@ class Guest(asyncio.Protocol):
 
     async def resize(self, process: int, rows: int, columns: int) -> None:
         await self._call(
-            Op.RESIZE, "a resize", [agentwire.param(Tag.PROCESS, process), agentwire.param(Tag.ROWS, rows), agentwire.param(Tag.COLS, columns)]
+            Op.RESIZE,
+            "a resize",
+            [agentwire.param(Tag.PROCESS, process), agentwire.param(Tag.ROWS, rows), agentwire.param(Tag.COLS, columns)],
         )
 
     async def forget_process(self, process: int) -> None:

@@ -27,7 +27,7 @@ async def ensure_running(state: StateDir | None = None) -> None:
     state.create()
     reader, writer = os.pipe()
     try:
-        process.spawn_detached([sys.executable, "-m", "ramet.daemon", str(state.root), str(writer)], log=state.log, pass_fds=[writer])
+        process.spawn_detached([sys.executable, "-P", "-m", "ramet.daemon", str(state.root), str(writer)], log=state.log, pass_fds=[writer])
     finally:
         os.close(writer)
     answer = await _read_all(reader, START_DEADLINE)

@@ -154,8 +154,8 @@ async def files(tour: Tour) -> None:
         if back.read_bytes() != data or summed != hashlib.sha256(data).hexdigest():
             raise GuestError("the file that was copied in and out is not the same", hint="This is a bug of Ramet's: please report it.")
         await tour.machine.files.remove(there)
-        rates = f"in {_rate(half - begun)}, out {_rate(done - half)}"
-        step.end(Mark.OK, f"{format_size(SIZE)} copied in and out, the same on both sides (SHA-256): {rates}")
+        rates = f"in ({_rate(half - begun)}) and out ({_rate(done - half)})"
+        step.end(Mark.OK, f"{format_size(SIZE)} {rates}, SHA-256 equal")
 
 
 def _rate(took: float) -> str:
@@ -175,8 +175,8 @@ async def web(tour: Tour) -> None:
         port = next(each.host for each in (await tour.machine.refresh()).ports if each.guest == 8080)
         async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
             answer = await client.get(f"http://127.0.0.1:{port}/")
-        what = "still runs" if running else "copied in and started, to stay"
-        step.end(Mark.OK, f"serve.pl {what}; curl http://127.0.0.1:{port} answers\n{answer.text.strip()}")
+        what = "still runs from the last time" if running else "copied in and started, to stay"
+        step.end(Mark.OK, f"serve.pl {what}\n$ curl http://127.0.0.1:{port}\n  {answer.text.strip()}")
 
 
 async def cost(tour: Tour) -> None:

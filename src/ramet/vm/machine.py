@@ -260,7 +260,11 @@ class Vm:
             if not await self._tell_qemu("system_powerdown"):
                 deadline = 0  # QEMU itself does not answer: there is nobody to wait for
         if not await self._dies_within(deadline):
-            rude = f"the guest did not power off within {deadline:.0f} s; it was cut off" if deadline else "QEMU did not answer; it was cut off"
+            rude = (
+                f"the guest did not power off within {deadline:.0f} s; it was cut off"
+                if deadline
+                else "QEMU did not answer; it was cut off"
+            )
             if not deadline or not await self._tell_qemu("quit") or not await self._dies_within(5):
                 rude += " with SIGKILL"
         await kill(self.files)

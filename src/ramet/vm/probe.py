@@ -80,5 +80,7 @@ async def _why_not(kernel: Kernel) -> str:
                     return ""
     except TimeoutError:
         return f"a guest under KVM did not boot within {DEADLINE:.0f} s: {DEVICE} opens, but is not a whole KVM"
-    last = (seen.decode(errors="replace").strip().splitlines() or ["it ended"])[-1]
-    return f"a guest under KVM did not boot: {last}"
+    text = seen.decode(errors="replace").strip()
+    if "Assertion" in text:
+        return f"QEMU aborts when it starts a guest with it: {DEVICE} opens, but is not a whole KVM"
+    return f"a guest under KVM did not boot: {(text.splitlines() or ['it ended'])[-1]}"
