@@ -209,8 +209,9 @@ void proc_forget(uint32_t stream, const struct request *r)
 
 static void kill_group(struct slot *s, int signal)
 {
-	if (s->pid)
-		kill(-s->pid, signal);
+	/* A builtin that was forked a moment ago may not lead a group yet; it is not reaped, so its pid is still its own. */
+	if (s->pid && kill(-s->pid, signal) < 0 && errno == ESRCH)
+		kill(s->pid, signal);
 }
 
 void proc_leave(struct slot *s)

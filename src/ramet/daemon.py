@@ -65,7 +65,7 @@ def _listen(state: StateDir) -> socket.socket:
         last = int(str(json.loads(state.daemon.read_text())["url"]).rpartition(":")[2])
         last = last if 0 < last < 65536 else 0
     for port in [wanted] if wanted else [last, 0]:
-        server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        server = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: asyncio sets TCP_NODELAY only on these
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             server.bind(("127.0.0.1", port))
