@@ -15,7 +15,7 @@ from ramet import bringup, cgroup, guestfs, images, lifecycle, spec
 from ramet.bus import Bus
 from ramet.commands import Forward
 from ramet.db import Database, Record
-from ramet.errors import BusyError, HostError, MachineFailedError, RametError, SpecError, StateError
+from ramet.errors import BusyError, HostError, MachineFailedError, NoSpaceError, RametError, SpecError, StateError
 from ramet.guest import Stream
 from ramet.host import Host
 from ramet.lifecycle import Operation
@@ -27,6 +27,8 @@ from ramet.vm.machine import Vm
 log = logging.getLogger("ramet")
 
 _DYING = 5.0  # seconds that a guest which lost its agent gets to end by itself (a panic, a power-off) before it counts as failed
+# A full disk must not keep anybody from stopping and deleting: a daemon that starts anew finds these states out by looking.
+_FOUND_AGAIN = frozenset({State.STOPPING, State.STOPPED, State.FAILED, State.DELETING})
 _ADOPTING = 5.0  # seconds that the daemon's start waits for running machines to answer; the rest is found in the background
 
 
@@ -127,7 +129,12 @@ class Operations:
     async def _set(self, entry: Entry, **changes: Any) -> None:
         """Change the record: on disk first, then in memory, then told, where it is the state or its reason."""
         record = dataclasses.replace(entry.record, **changes)
-        await self._db.update(record)
+        try:
+            await self._db.update(record)
+        except NoSpaceError as error:
+            if record.state not in _FOUND_AGAIN:
+                raise
+            log.error("%s is %s, which is not on disk: %s", record.name, record.state, error.message)
         told, entry.record = entry.record, record
         if (told.state, told.reason) != (record.state, record.reason):
             self._publish(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ramet.engine import Engine
-from ramet.errors import NoSpaceError
+from ramet.errors import NoSpaceError, OutcomeUnknownError
 from ramet.model import State
 from ramet.paths import StateDir
 from tests.fixtures import Artifacts, Box, States, opened
@@ -54,15 +55,23 @@ async def test_no_space_while_creating(small: StateDir, artifacts: Artifacts, le
 
 @needs_root
 async def test_no_space_while_a_machine_runs(small: StateDir, artifacts: Artifacts) -> None:
-    """The host is full: the guest's writes fail or wait, the machine is still listed and can be ended."""
+    """The host is full while the guest writes: it is told at once, with the reason, and after making room what the guest had synced is there."""
     async with opened(small) as engine:
         await engine.create(artifacts.spec("fat"))
         box = Box(engine, "fat")
-        await box.sh("true")
-        fill(small, 1 << 20)
-        assert (await engine.get("fat")).state is State.RUNNING
-        stopped = await engine.stop("fat", force=True)
-        assert stopped.state is State.STOPPED
+        await box.sh("echo kept > /kept; sync")
+        ballast, happening = fill(small, 1 << 20), engine.events("fat")
+        with pytest.raises(OutcomeUnknownError, match="no space left on the host's disk"):
+            await box.sh("dd if=/dev/urandom of=/big bs=1M count=20; sync")
+        async with asyncio.timeout(60):
+            while (await anext(happening)).state is not State.FAILED:
+                pass
+        found = await engine.get("fat")
+        assert found.state is State.FAILED
+        assert "no space left" in found.reason
+        ballast.unlink()
+        assert (await engine.start("fat")).state is State.RUNNING
+        assert await box.text("cat /kept") == "kept"
 
 
 async def test_an_engine_that_finds_no_space_says_so(small: StateDir) -> None:

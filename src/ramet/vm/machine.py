@@ -231,9 +231,18 @@ class Vm:
             self.on_agent_lost()
 
     def _event(self, name: str, data: dict[str, Any]) -> None:
-        if name == "VSERPORT_CHANGE" and data.get("id") == "agent" and not data.get("open") and self._guest:
-            self.agent_closed = True
-            self._guest.abort("it closed its port")
+        if name == "VSERPORT_CHANGE" and data.get("id") == "agent" and not data.get("open"):
+            self._lose("it closed its port")
+        elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
+            # QEMU's default for a full disk: the guest stands still instead of being told of an error that it would answer with a read-only disk.
+            why = "no space left on the host's disk" if data.get("nospace") else str(data.get("reason"))
+            self._lose(f"QEMU paused the machine: {why}; free some, then stop and start it")
+
+    def _lose(self, reason: str) -> None:
+        """The agent will not answer again by itself."""
+        self.agent_closed = True
+        if self._guest:
+            self._guest.abort(reason)
 
     def _ended(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
