@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ramet import bringup, cgroup, guestfs, images, lifecycle, spec
+from ramet import bringup, cgroup, guestfs, images, lifecycle
 from ramet.bus import Bus
 from ramet.commands import Forward
 from ramet.db import Database, Record
@@ -21,6 +21,7 @@ from ramet.host import Host
 from ramet.lifecycle import Operation
 from ramet.model import Activity, Event, Image, ImageConfig, InitMode, Port, State
 from ramet.paths import MachineDir, StateDir
+from ramet.units import format_size
 from ramet.vm import machine as vm
 from ramet.vm.machine import Vm
 
@@ -164,8 +165,8 @@ class Operations:
         """The image, then the first boot."""
         image = await images.ensure(self.state, entry.record.spec.image, progress=lambda step, fraction: self._doing(entry, step, fraction))
         if image.disk_size > entry.record.spec.disk:
-            need = spec.format_size(image.disk_size)
-            raise SpecError(f"`disk`: {spec.format_size(entry.record.spec.disk)} is too small for {image.reference}: write at least {need}")
+            need = format_size(image.disk_size)
+            raise SpecError(f"`disk`: {format_size(entry.record.spec.disk)} is too small for {image.reference}: write at least {need}")
         if entry.record.id not in self.entries:
             raise StateError(f"{entry.record.name} was deleted")
         await self._set(entry, image_digest=image.digest)

@@ -25,8 +25,8 @@ from ramet.kernels import BuildState, KernelKind, debian, own, record
 from ramet.model import Accelerator, Spec
 from ramet.packages import Need
 from ramet.paths import StateDir
-from ramet.spec import format_size
 from ramet.steps import Mark, Step, Steps, hang
+from ramet.units import format_size
 
 IMAGE = Spec.image
 # Free space that a first set-up takes: the image and a machine; the kernel's build, most of it given back when it is done.

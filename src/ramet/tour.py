@@ -26,8 +26,8 @@ from ramet.client import Client
 from ramet.errors import GuestError, NotFoundError, RametError, SpecError
 from ramet.kernels import BuildState, KernelKind
 from ramet.model import Machine, State
-from ramet.spec import format_size
 from ramet.steps import Mark, Step, Steps, seconds
+from ramet.units import format_size
 
 SIZE = 4 << 20  # bytes of the file that is copied in and out
 _SERVER = "hello-server"  # label of the process that chapter `web` starts

@@ -18,6 +18,7 @@ from ramet.cli import app, text
 from ramet.cli.base import find_spec
 from ramet.cli.files import split
 from ramet.cli.group import Verbatim
+from ramet.units import format_size
 from tests.unit.memory import ARGV, Memory, beside, environment, program
 
 Run = Callable[..., "CompletedProcess[bytes]"]
@@ -351,7 +352,7 @@ def test_tables_fit() -> None:
     [(0, "0 B"), (1023, "0.999 KiB"), (1 << 20, "1 MiB"), (1536 << 20, "1.5 GiB"), (999 << 30, "999 GiB"), (3 << 40, "3 TiB")],
 )
 def test_sizes(value: int, said: str) -> None:
-    assert text.size(value) == said
+    assert format_size(value) == said
 
 
 def test_help_names_every_command() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ramet import spec
 from ramet.errors import SpecError
 from ramet.model import InitMode, Lifecycle, Port, Spec
+from ramet.units import format_size, parse_size
 
 FULL = """
 name = "web-1"
@@ -163,32 +164,32 @@ UNITS |= {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB
 
 @given(st.integers(0, 10**6), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " "]))
 def test_sizes(number: int, unit: str, space: str) -> None:
-    assert spec.parse_size(f"{number}{space}{unit}") == number * UNITS[unit]
+    assert parse_size(f"{number}{space}{unit}") == number * UNITS[unit]
 
 
 @given(st.integers(0, 2**53))
 def test_plain_numbers_are_bytes(number: int) -> None:
-    assert spec.parse_size(number) == spec.parse_size(str(number)) == number
+    assert parse_size(number) == parse_size(str(number)) == number
 
 
 @given(st.text(max_size=12))
 def test_no_text_gives_anything_but_a_size_or_a_refusal(text: str) -> None:
     try:
-        assert spec.parse_size(text) >= 0
+        assert parse_size(text) >= 0
     except ValueError as error:
         assert "512MiB" in str(error) or "`" in str(error)
 
 
 @given(st.integers(0, 60 << 40))
 def test_written_sizes_are_read_back_within_three_digits(size: int) -> None:
-    again = spec.parse_size(spec.format_size(size))
+    again = parse_size(format_size(size))
     assert abs(again - size) <= size * 0.006
 
 
 def test_fractions() -> None:
-    assert spec.parse_size("1.5GiB") == 3 << 29
-    assert spec.format_size(3 << 29) == "1.5 GiB"
-    assert [spec.format_size(n) for n in (0, 999, 1000, 1 << 20, 1023 << 20, 1 << 45)] == [
+    assert parse_size("1.5GiB") == 3 << 29
+    assert format_size(3 << 29) == "1.5 GiB"
+    assert [format_size(n) for n in (0, 999, 1000, 1 << 20, 1023 << 20, 1 << 45)] == [
         "0 B",
         "999 B",
         "0.977 KiB",

@@ -15,6 +15,7 @@ from ramet.cli.base import Json, User, app, client, machine, names, perform
 from ramet.cli.group import Group
 from ramet.errors import HostError, SpecError
 from ramet.model import FileInfo, FileType
+from ramet.units import format_size
 
 if TYPE_CHECKING:
     from ramet.aio import AsyncMachine
@@ -145,7 +146,7 @@ def _row(info: FileInfo) -> tuple[str, ...]:
     return (
         f"{_LETTERS.get(info.type, '-')} {info.mode:04o}",
         f"{info.uid}:{info.gid}",
-        text.size(info.size),
+        format_size(info.size),
         text.age(info.modified_at),
         text.clean(info.name) + arrow,
     )

@@ -12,6 +12,7 @@ from ramet.cli import text
 from ramet.cli.base import Directory, Env, Json, Name, OptionalName, User, app, client, environment, find_spec, own_name, perform
 from ramet.errors import NotFoundError, SpecError
 from ramet.model import Machine, Spec, State
+from ramet.units import format_size
 
 if TYPE_CHECKING:
     from ramet.client import Client
@@ -165,7 +166,7 @@ def list_machines(json: Json = False) -> None:
 def _table(machines: list[Machine]) -> None:
     heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "DISK", "AGE")
     rows = [
-        (m.name, _state(m), m.spec.image, str(m.spec.cpus), text.size(m.spec.memory), text.size(m.spec.disk), text.age(m.created_at))
+        (m.name, _state(m), m.spec.image, str(m.spec.cpus), format_size(m.spec.memory), format_size(m.spec.disk), text.age(m.created_at))
         for m in machines
     ]
     lines = text.table(heads, rows, give=2, paints=[_COLOURS.get(m.state, text.YELLOW) for m in machines])
@@ -207,8 +208,8 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         ("reason", text.clean(machine.reason)),
         ("image", f"{spec.image} ({machine.image_digest[:19]})" if machine.image_digest else spec.image),
         ("cpus", str(spec.cpus)),
-        ("memory", text.size(spec.memory) + (f", {text.size(usage.memory)} of the host's in use" if usage else "")),
-        ("disk", text.size(spec.disk) + (f", {text.size(usage.disk)} of the host's in use" if usage else "")),
+        ("memory", format_size(spec.memory) + (f", {format_size(usage.memory)} of the host's in use" if usage else "")),
+        ("disk", format_size(spec.disk) + (f", {format_size(usage.disk)} of the host's in use" if usage else "")),
         ("cpu time", f"{usage.cpu:.1f} s" if usage else ""),
         ("user", spec.user),
         ("workdir", spec.workdir),
@@ -269,7 +270,7 @@ def delete(
                 if not dry_run:
                     await verbs.delete(machine.name)
                 if not json:
-                    used = f", {text.size(machine.usage.disk)} on disk" if machine.usage else ""
+                    used = f", {format_size(machine.usage.disk)} on disk" if machine.usage else ""
                     text.say(f"{machine.name} {'would be' if dry_run else 'is'} deleted ({machine.state}{used}).")
             if json:
                 text.as_json([{"name": machine.name, "id": machine.id, "deleted": not dry_run} for machine in found])
@@ -331,8 +332,8 @@ def info(json: Json = False) -> None:
             ("kernel build", host.kernel_build),
             ("qemu", host.qemu),
             ("cpus", str(host.cpus)),
-            ("memory", f"{text.size(host.memory)}, {text.size(host.memory_available)} available"),
-            ("disk", f"{text.size(host.disk_available)} available"),
+            ("memory", f"{format_size(host.memory)}, {format_size(host.memory_available)} available"),
+            ("disk", f"{format_size(host.disk_available)} available"),
             ("network", host.network),
             ("state", host.state_dir),
         ]

@@ -58,16 +58,6 @@ def fail(error: RametError, *, machine_readable: bool = False) -> None:
         note("\n".join(f"  | {clean(line)}" for line in str(log).rstrip().splitlines()))
 
 
-def size(value: int) -> str:
-    """Bytes for people: three digits, binary units."""
-    amount = float(value)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 999.5:
-            return f"{amount:.0f} {unit}" if amount >= 100 or amount == int(amount) else f"{amount:.3g} {unit}"
-        amount /= 1024
-    return f"{amount:.3g} TiB"
-
-
 def age(since: float) -> str:
     """How long ago, in one unit."""
     seconds = max(0.0, time.time() - since)
