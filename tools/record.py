@@ -105,6 +105,7 @@ def main(file: str, *argv: str) -> int:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
         console.print(Text.from_ansi(f"\x1b[32m$\x1b[0m {' '.join(argv)}\n{screen.ansi()}"), soft_wrap=False)
         picture = console.export_svg(title=" ".join(argv))
+    picture = re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL)  # a picture in a repository fetches nothing
     # Some viewers collapse even the no-break spaces that rich writes.
     with open(file, "w") as out:
         lines = picture.replace("<svg ", '<svg xml:space="preserve" ', 1).splitlines()
