@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import uvicorn
 
+from ramet import locks
 from ramet.engine import Engine
 from ramet.errors import DaemonError
 from ramet.paths import StateDir
@@ -30,14 +30,13 @@ __all__ = ["ensure_running", "run", "serve", "status", "stop", "token"]
 def _only_one(state: StateDir) -> Iterator[None]:
     """Hold the state directory. DaemonError when another daemon does."""
     state.create()
-    fd = os.open(state.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+    fd = locks.take(state.lock)
+    if fd is None:
         raise DaemonError(
             f"another daemon holds {state.root}", hint="`ramet daemon status` shows it; RAMET_HOME names another state directory."
-        ) from None
+        )
+    try:
+        yield
     finally:
         os.close(fd)
 

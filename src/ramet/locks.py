@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -26,6 +27,37 @@ def try_lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
         os.close(fd)
         return None
     return fd
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock on a file; False when there is no file. Looking takes it for a moment, shared, so that lookers do not see each other."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def take(path: Path) -> int | None:
+    """An fd that holds the lock on a file, made when it is not there, for as long as it or a copy that a program inherited is open.
+
+    None when another holds it, and for longer than one that only looks: then it is told from those by trying again for 0.2 s.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    for _ in range(20):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            time.sleep(0.01)
+    os.close(fd)
+    return None
 
 
 @contextlib.asynccontextmanager

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import sys
 
-from ramet import process
+from ramet import locks, process
 from ramet.errors import DaemonError
 from ramet.paths import StateDir
 
@@ -38,19 +37,10 @@ async def ensure_running(state: StateDir | None = None) -> None:
 
 def status(state: StateDir) -> dict[str, object] | None:
     """pid and url of the running daemon; None when none holds the state directory."""
-    try:
-        fd = os.open(state.lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if locks.is_held(state.lock):
         with contextlib.suppress(OSError, ValueError):
             found: dict[str, object] = json.loads(state.daemon.read_text())
             return found
-        return None
-    finally:
-        os.close(fd)
     return None
 
 

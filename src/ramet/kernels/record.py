@@ -14,7 +14,6 @@ CACHE/kernels/
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from ramet import locks
 from ramet.errors import BusyError
 from ramet.paths import cache_dir
 
@@ -148,13 +148,7 @@ def _fsync(path: Path) -> None:
 
 def try_lock(kind: KernelKind) -> int | None:
     """A descriptor that holds the lock on making kernels of a kind; None when somebody else does. Programs that inherit it hold it too."""
-    fd = os.open(kernels_dir() / f".{kind}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
+    return locks.take(kernels_dir() / f".{kind}-lock")
 
 
 @contextlib.contextmanager

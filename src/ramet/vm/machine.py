@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ramet import process, sockets
+from ramet import locks, process, sockets
 from ramet.errors import BusyError, GuestError, MachineFailedError, RametError
 from ramet.guest import Guest
 from ramet.model import Usage
@@ -50,17 +49,7 @@ def tail(path: Path, size: int = TAIL) -> str:
 
 def is_alive(files: MachineDir) -> bool:
     """Whether a QEMU or its shim lives in this directory: they hold the lock, from before their start to their end."""
-    try:
-        fd = os.open(files.lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return locks.is_held(files.lock)
 
 
 def _signal(number: str) -> str:
@@ -144,12 +133,10 @@ class Vm:
         """Start QEMU in `files.root` and connect to its monitor. Nothing is left when it fails."""
         fds: list[int] = []
         try:
-            lock = os.open(files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = locks.take(files.lock)
+            if lock is None:
+                raise BusyError(f"a process of {config.name} still lives in {files.root}")
             fds.append(lock)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BusyError(f"a process of {config.name} still lives in {files.root}") from None
             for stale in (files.exit, files.pids):
                 stale.unlink(missing_ok=True)
             fds += [sockets.listen(files.qmp).detach(), sockets.listen(files.agent).detach()]
