@@ -44,15 +44,14 @@ def digest(source: Debian, architecture: str) -> str:
 def sources(suite: str, mirror: str) -> list[str]:
     """apt's lines for a mirror of the user's; none, for mmdebstrap's default, when there is no such mirror.
 
-    Security updates come from beside it (`…/debian` has `…/debian-security`), as on every full mirror; else from Debian.
+    Security updates come from beside it (`…/debian` has `…/debian-security`), as on every full mirror.
     """
     if not mirror:
         return []
     mirror = mirror.rstrip("/")
     lines = [f"deb {mirror} {suite} main"]
     if suite not in ("sid", "unstable"):
-        security = f"{mirror}-security" if mirror.endswith("/debian") else "http://security.debian.org/debian-security"
-        lines += [f"deb {mirror} {suite}-updates main", f"deb {security} {suite}-security main"]
+        lines += [f"deb {mirror} {suite}-updates main", f"deb {mirror}-security {suite}-security main"]
     return lines
 
 

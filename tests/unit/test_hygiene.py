@@ -16,7 +16,7 @@ PROGRAMS = {"subprocess", "pty", "popen2", "commands"}
 STARTERS = re.compile(r"os\.(system|popen|spawn\w+|posix_spawn\w*|exec\w+|fork\w*)|create_subprocess_\w+|subprocess_exec|subprocess_shell")
 # Notes of work that is not done belong into issues, directories of whoever wrote a file into nobody's file.
 NOTES = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3)) + r")\b")
-HOME = re.compile("/root/[.](cache|local|pyenv)|/work/" + "(main|shared)|/tmp/" + r"w/")
+HOME = re.compile(r"/(root|home/\w+)/[.](cache|local|config)\b")
 
 
 def tracked() -> list[Path]:
