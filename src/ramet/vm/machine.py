@@ -24,6 +24,7 @@ LOG_CAP = 1 << 20  # bytes; of each log the shim keeps at most twice this
 TAIL = 4096  # bytes of a log that an error shows
 SPAWN_DEADLINE = 30.0
 BOOT_DEADLINE = 180.0  # an emulated boot takes 2 s; Debian's kernel on a busy host took a minute
+_CLOSING = 5.0  # seconds between the end of QEMU's sockets and of QEMU, on a busy host
 POWER_OFF_GRACE = 8.0  # seconds the guest's processes get after SIGTERM
 POWER_OFF_DEADLINE = 30.0
 
@@ -169,8 +170,9 @@ class Vm:
         try:
             vm._qmp = await Qmp.connect(files.qmp, deadline=SPAWN_DEADLINE, on_event=vm._event)
         except MachineFailedError as error:
+            dead = await vm._dies_within(_CLOSING)  # a QEMU that ends closes its sockets first
             await vm.release()
-            if process.start_time(pid) is None:
+            if dead:
                 await kill(files)
                 death = postmortem(files)
                 raise MachineFailedError(death.reason, details={"log": death.log}) from error
