@@ -6,7 +6,6 @@ Everything that the tests start carries TMPDIR=SCRATCH in its environment (`rame
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import sqlite3
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ramet import process
+from ramet import locks, process
 from ramet.paths import StateDir
 
 PATIENCE = 10.0  # seconds that what is ending gets to end: a killed QEMU with its memory, on a busy host
@@ -149,25 +148,10 @@ def _unowned(state: StateDir) -> set[str]:
             known = {row[0] for row in database.execute("SELECT id FROM machines")}
     found = {str(path) for path in state.machines.glob("*") if path.name not in known}
     for path in state.machines.glob("*/*"):
-        if path.suffix == ".new" or (path.suffix == ".sock" and _is_free(path.parent / "lock")):
+        if path.suffix == ".new" or (path.suffix == ".sock" and not locks.is_held(path.parent / "lock")):
             found.add(str(path))
-    found |= {str(path) for path in state.images.glob(".work-*") if _is_free(path)}
+    found |= {str(path) for path in state.images.glob(".work-*") if not locks.is_held(path)}
     return found | {str(path) for path in state.root.glob("*.new")}
-
-
-def _is_free(path: Path) -> bool:
-    """Whether nobody holds the flock on a path."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True
 
 
 def snapshot(scratch: Scratch, *, thorough: bool) -> Snapshot:

@@ -62,7 +62,7 @@ class Engine:
             )
         record = Record(id=os.urandom(6).hex(), name=spec.name, state=State.CREATING, spec=spec, created_at=time.time())
         entry = self._ops.add(record)
-        await self._ops.perform(entry, Operation.CREATE, self._ops.create)
+        await self._ops.perform(entry, Operation.CREATE, self._ops.bring_up)
         return await self._view(entry)
 
     async def list(self) -> builtins.list[Machine]:

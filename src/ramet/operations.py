@@ -161,19 +161,8 @@ class Operations:
 
     # create, start
 
-    async def create(self, entry: Entry) -> None:
-        """The image, then the first boot."""
-        image = await images.ensure(self.state, entry.record.spec.image, progress=lambda step, fraction: self._doing(entry, step, fraction))
-        if image.disk_size > entry.record.spec.disk:
-            need = format_size(image.disk_size)
-            raise SpecError(f"`disk`: {format_size(entry.record.spec.disk)} is too small for {image.reference}: write at least {need}")
-        if entry.record.id not in self.entries:
-            raise StateError(f"{entry.record.name} was deleted")
-        await self._set(entry, image_digest=image.digest)
-        await self.bring_up(entry)
-
     async def bring_up(self, entry: Entry) -> None:
-        """Boot, from whatever is there: idempotent, so that an interrupted one is simply done again."""
+        """Make what is missing and boot: idempotent, so that the first start is one like any other, and an interrupted one is simply done again."""
         await self._end(entry)
         image = await self._image(entry)
         entry.image = image.config
@@ -195,13 +184,16 @@ class Operations:
         await self._hooks(entry)
 
     async def _image(self, entry: Entry) -> Image:
-        """The image the machine's disk stands on."""
+        """The image the machine's disk stands on, made when it is not there and no disk yet stands on it."""
         found = images.load(self.state, entry.record.image_digest) if entry.record.image_digest else None
         if found:
             return found
         if self.state.machine(entry.record.id).disk.exists():
             raise MachineFailedError(f"the image {entry.record.image_digest} that the disk of {entry.record.name} stands on is gone")
         image = await images.ensure(self.state, entry.record.spec.image, progress=lambda step, fraction: self._doing(entry, step, fraction))
+        if image.disk_size > entry.record.spec.disk:
+            need = format_size(image.disk_size)
+            raise SpecError(f"`disk`: {format_size(entry.record.spec.disk)} is too small for {image.reference}: write at least {need}")
         await self._set(entry, image_digest=image.digest)
         return image
 
