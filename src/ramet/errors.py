@@ -62,6 +62,24 @@ class ImageError(RametError):
     code, status, exit = "image", 422, 5
 
 
+class LayerError(RametError):
+    """A layer is damaged or missing; the message names it and the blob."""
+
+    code, status, exit = "layer", 500, 7
+
+
+class IncompatibleError(RametError):
+    """A snapshot's memory does not fit this host; the message says in what. Its disk does."""
+
+    code, status, exit = "incompatible", 409, 6
+
+
+class DependentsError(RametError):
+    """Others stand on what was to be deleted. details: dependents."""
+
+    code, status, exit = "dependents", 409, 4
+
+
 class HostError(RametError):
     """This host lacks something: a program, a permission, a device."""
 

@@ -12,6 +12,18 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
     image.json              env, user, workdir, entrypoint, where it came from
   images/.work-XXXX/        being made; removed when its maker's flock on it is free
   images/.lock-DIGEST       flock: one maker for one image
+  store/                    layers: what snapshots are made of
+    layers/ID/              16 hex digits: published by rename
+      layer.json            size, parent, the layers that its pages come from
+      owners                which of those each page comes from
+      spool runs            the pages as they were saved, and where each lies; until sealed
+      index                 where each chunk lies in the blobs; once sealed
+    layers/.new-ID/         being made
+    blobs/sha256-HEX        zstd seekable
+    mnt/                    the image file system
+    imagefs.lock            flock held by the keeper and its workers: held = mounted
+    imagefs.pids imagefs.log
+    faults.log              what could not be served, and why; one line each
   machines/ID/
     disk.qcow2              the machine's own overlay
     lock                    flock held by the shim and QEMU: held = alive
@@ -103,6 +115,86 @@ class ImageDir:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerDir:
+    """The files of one layer."""
+
+    root: Path
+
+    @property
+    def record(self) -> Path:
+        return self.root / "layer.json"
+
+    @property
+    def owners(self) -> Path:
+        return self.root / "owners"
+
+    @property
+    def spool(self) -> Path:
+        return self.root / "spool"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def index(self) -> Path:
+        return self.root / "index"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreDir:
+    """The files of a host's layers, and of the file system that serves them. state: what the paths of base images are relative to."""
+
+    root: Path
+
+    @property
+    def state(self) -> Path:
+        return self.root.parent
+
+    @property
+    def layers(self) -> Path:
+        return self.root / "layers"
+
+    @property
+    def blobs(self) -> Path:
+        return self.root / "blobs"
+
+    @property
+    def mount(self) -> Path:
+        return self.root / "mnt"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "imagefs.lock"
+
+    @property
+    def pids(self) -> Path:
+        return self.root / "imagefs.pids"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "imagefs.log"
+
+    @property
+    def faults(self) -> Path:
+        return self.root / "faults.log"
+
+    def layer(self, layer_id: str) -> LayerDir:
+        return LayerDir(root=self.layers / layer_id)
+
+    def draft(self, layer_id: str) -> LayerDir:
+        return LayerDir(root=self.layers / f".new-{layer_id}")
+
+    def blob(self, digest: str) -> Path:
+        """digest: `sha256:…`."""
+        return self.blobs / digest.replace(":", "-")
+
+    def served(self, layer_id: str) -> Path:
+        """The layer, with all it stands on, as one raw file."""
+        return self.mount / layer_id
+
+
+@dataclass(frozen=True, kw_only=True)
 class StateDir:
     """The files of one daemon."""
 
@@ -144,6 +236,10 @@ class StateDir:
     def machines(self) -> Path:
         return self.root / "machines"
 
+    @property
+    def store(self) -> StoreDir:
+        return StoreDir(root=self.root / "store")
+
     def image(self, digest: str) -> ImageDir:
         """digest: `sha256:…`; the directory's name has a dash, for QEMU and skopeo read meaning into colons."""
         return ImageDir(root=self.images / digest.replace(":", "-"))
@@ -153,5 +249,5 @@ class StateDir:
 
     def create(self) -> None:
         """Make the directories, for the owner only: disks and memories hold secrets."""
-        for path in (self.root, self.images, self.machines):
+        for path in (self.root, self.images, self.machines, self.store.root, self.store.layers, self.store.blobs):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
