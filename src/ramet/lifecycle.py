@@ -15,14 +15,31 @@ class Operation(StrEnum):
     START = "start"
     STOP = "stop"
     DELETE = "delete"
+    FORK = "fork"
+    SNAPSHOT = "snapshot"
+    PAUSE = "pause"
+    UNPAUSE = "unpause"
+    HIBERNATE = "hibernate"
+    RESUME = "resume"
+    RESTORE = "restore"
 
 
-# operation -> the states it may begin in, the state while it works, the state when it is done (None: the machine is gone)
-TABLE: dict[Operation, tuple[frozenset[State], State, State | None]] = {
+_LIVE = frozenset({State.RUNNING, State.PAUSED})
+_REST = frozenset({State.STOPPED, State.FAILED})
+
+# operation -> the states it may begin in, the state while it works (None: it stays), the state when it is done (None: the machine is gone, or as before)
+TABLE: dict[Operation, tuple[frozenset[State], State | None, State | None]] = {
     Operation.CREATE: (frozenset({State.CREATING}), State.CREATING, State.RUNNING),
-    Operation.START: (frozenset({State.STOPPED, State.FAILED}), State.STARTING, State.RUNNING),
-    Operation.STOP: (frozenset({State.RUNNING, State.FAILED}), State.STOPPING, State.STOPPED),
+    Operation.START: (_REST, State.STARTING, State.RUNNING),
+    Operation.STOP: (_LIVE | {State.FAILED, State.HIBERNATED}, State.STOPPING, State.STOPPED),
     Operation.DELETE: (frozenset(State), State.DELETING, None),
+    Operation.FORK: (_LIVE, None, None),
+    Operation.SNAPSHOT: (_LIVE | {State.STOPPED}, None, None),
+    Operation.PAUSE: (frozenset({State.RUNNING}), None, State.PAUSED),
+    Operation.UNPAUSE: (frozenset({State.PAUSED}), None, State.RUNNING),
+    Operation.HIBERNATE: (_LIVE, State.HIBERNATING, State.HIBERNATED),
+    Operation.RESUME: (frozenset({State.HIBERNATED}), State.RESUMING, State.RUNNING),
+    Operation.RESTORE: (_LIVE | _REST | {State.HIBERNATED}, State.RESTORING, State.RUNNING),
 }
 
 # What an interrupted operation (the daemon was killed) leaves a machine as, when its process is gone.
@@ -31,16 +48,24 @@ INTERRUPTED: dict[State, State | None] = {
     State.STARTING: State.FAILED,
     State.STOPPING: State.STOPPED,
     State.DELETING: None,
+    State.HIBERNATING: State.FAILED,
+    State.RESUMING: State.HIBERNATED,
+    State.RESTORING: State.FAILED,
 }
 
 _WHAT_NEXT = {
     State.CREATING: "Wait for it, or `ramet delete` it.",
     State.STARTING: "Wait for it, or `ramet delete` it.",
     State.STOPPED: "`ramet start` starts it.",
-    State.FAILED: "`ramet logs` shows why; `ramet start` tries again, `ramet delete` removes it.",
+    State.FAILED: "`ramet logs` shows why; `ramet start` tries again, `ramet restore` goes back to its last snapshot, `ramet delete` removes it.",
     State.STOPPING: "Wait for it.",
     State.DELETING: "It is going away.",
     State.RUNNING: "`ramet stop` stops it.",
+    State.PAUSED: "`ramet resume` lets it go on.",
+    State.HIBERNATING: "Wait for it.",
+    State.HIBERNATED: "`ramet resume` lets it go on; `ramet stop` forgets its memory.",
+    State.RESUMING: "Wait for it.",
+    State.RESTORING: "Wait for it.",
 }
 
 
@@ -59,4 +84,4 @@ def begin(name: str, state: State, operation: Operation) -> State:
     """The state while `operation` works; StateError when it does not apply in `state`."""
     allowed, during, _ = TABLE[operation]
     require(name, state, allowed, operation)
-    return during
+    return during or state

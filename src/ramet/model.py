@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -19,6 +19,11 @@ class State(StrEnum):
     STOPPED = "stopped"
     FAILED = "failed"
     DELETING = "deleting"
+    PAUSED = "paused"
+    HIBERNATING = "hibernating"
+    HIBERNATED = "hibernated"
+    RESUMING = "resuming"
+    RESTORING = "restoring"
 
 
 class Accelerator(StrEnum):
@@ -122,16 +127,25 @@ class Activity:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a machine costs the host now. memory: PSS of QEMU; disk: allocated blocks of its own overlay; cpu: seconds used since its start."""
+    """What a machine costs the host now.
+
+    memory: PSS of QEMU, so that what siblings share is counted once among them; private: what it shares with nobody; disk: allocated blocks of
+    its own overlay; cpu: seconds used since its start.
+    """
 
     memory: int
     disk: int
     cpu: float
+    private: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A machine as users see it. reason: why it failed or stopped; pid: QEMU's."""
+    """A machine as users see it.
+
+    reason: why it failed or stopped; pid: QEMU's. parent: the machine that it was forked from, or whose snapshot it was made from; snapshot: name or
+    id of the one it last came from or was saved as. boot_time: seconds from its start, or from its snapshot, until commands ran in it.
+    """
 
     id: str
     name: str
@@ -149,6 +163,113 @@ class Machine:
     activity: Activity | None = None
     usage: Usage | None = None
     boot_time: float | None = None
+    parent: str = ""
+    snapshot: str = ""
+
+
+class SnapshotState(StrEnum):
+    """SAVING: its pages are being compressed, it can be used. TESTING: it is being started once. READY: it was, and answered (or that was not wanted)."""
+
+    SAVING = "saving"
+    TESTING = "testing"
+    READY = "ready"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compatibility:
+    """What a snapshot's memory was saved under; a start under anything else is refused. agent: the protocol's version; format: of the snapshot itself."""
+
+    machine: str
+    qemu: str
+    cpu: str
+    accelerator: Accelerator
+    kernel: str
+    agent: int
+    format: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A point in a machine's life.
+
+    name: empty for the automatic ones (a fork's, a hibernation's), which go when no machine stands on them. machine: whose it is. memory: whether it
+    holds the running programs too, else only the disk. parent: id of the snapshot that the machine stood on. pool: how many machines
+    are to be kept restored and parked; pooled: how many are. pause: seconds that the machine stood still. stored: bytes on the host's disk of the
+    layers that it added. dependents: machines and snapshots that stand on it.
+    """
+
+    id: str
+    name: str
+    machine: str
+    state: SnapshotState
+    created_at: float
+    memory: bool
+    spec: Spec
+    reason: str = ""
+    parent: str = ""
+    image_digest: str = ""
+    disk_layer: str = ""
+    memory_layer: str = ""
+    template: bool = False
+    pool: int = 0
+    pooled: int = 0
+    pause: float | None = None
+    stored: int = 0
+    compatibility: Compatibility | None = None
+    dependents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkOutcome:
+    """What became of one child of a fork: the machine, or why there is none (code, message, hint as in the API's errors)."""
+
+    name: str
+    machine: Machine | None = None
+    error: dict[str, Any] | None = None
+
+
+class NodeKind(StrEnum):
+    IMAGE = "image"
+    MACHINE = "machine"
+    SNAPSHOT = "snapshot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeNode:
+    """One member of the tree of who descends from whom. parent: id of another node, or empty. gone: a deleted machine whose descendants live.
+
+    usage: what a live machine costs; stored: bytes that a snapshot's own layers take on the host's disk.
+    """
+
+    id: str
+    parent: str
+    kind: NodeKind
+    name: str
+    state: str = ""
+    created_at: float = 0.0
+    usage: Usage | None = None
+    stored: int = 0
+    gone: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInfo:
+    """An immutable difference of a disk or a memory against its parent. size: of the whole in bytes; data, zero: what this layer itself holds;
+    stored: bytes on the host's disk, compressed once sealed. chain: the layers that its pages come from, itself last. used_by: machines and snapshots."""
+
+    id: str
+    kind: str
+    size: int
+    parent: str
+    chain: tuple[str, ...]
+    sealed: bool
+    blobs: tuple[str, ...]
+    data: int
+    zero: int
+    stored: int
+    created_at: float
+    used_by: tuple[str, ...] = ()
 
 
 @strict

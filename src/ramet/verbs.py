@@ -10,13 +10,17 @@ from ramet.model import (
     Command,
     Event,
     FileInfo,
+    ForkOutcome,
     HostInfo,
+    LayerInfo,
     Machine,
     Port,
     Process,
     ProcessEvent,
     Result,
+    Snapshot,
     Spec,
+    TreeNode,
 )
 
 OUTPUT_LIMIT = 16 << 20  # bytes of each of stdout and stderr that `run` keeps; more belongs in `execute`
@@ -50,6 +54,71 @@ class Verbs(Protocol):
 
     async def delete(self, name: str) -> None:
         """Remove a machine, its disk and its processes, whatever it is doing."""
+        ...
+
+    async def fork(self, name: str, *, count: int = 1, names: tuple[str, ...] = ()) -> builtins.list[ForkOutcome]:
+        """Make `count` machines that go on from this one's present instant: memory, programs, disk. It stands still for some milliseconds.
+
+        names: theirs, instead of `NAME-1`, `NAME-2`…; then count is not looked at. One that fails does not keep the others from living.
+        """
+        ...
+
+    async def pause(self, name: str) -> Machine:
+        """Stop its cpus; its memory stays where it is."""
+        ...
+
+    async def resume(self, name: str) -> Machine:
+        """Let a paused or hibernated machine go on, with the right time and fresh randomness."""
+        ...
+
+    async def hibernate(self, name: str) -> Machine:
+        """Save a machine to the disk and give its memory back to the host. `resume` goes on from the same instant."""
+        ...
+
+    async def snapshot(self, name: str, label: str = "", *, memory: bool = True, test: bool = True) -> Snapshot:
+        """Keep this instant as `NAME@label`. memory: the running programs too. test: start it once before it counts as ready (in the background)."""
+        ...
+
+    async def snapshots(self, name: str = "") -> builtins.list[Snapshot]:
+        """All that have a name, or those of one machine, the automatic ones too; oldest first."""
+        ...
+
+    async def get_snapshot(self, snapshot: str) -> Snapshot:
+        """One, by name or id."""
+        ...
+
+    async def restore(self, name: str, snapshot: str = "") -> Machine:
+        """Rewind a machine in place: it keeps its name and address, what it did since is gone. Without a name: to the last one."""
+        ...
+
+    async def create_from(self, snapshot: str, name: str, *, disk_only: bool = False) -> Machine:
+        """Make a machine from a snapshot or template. disk_only: boot its disk, whatever its memory."""
+        ...
+
+    async def template(self, snapshot: str, *, label: str = "", pool: int = 0) -> Snapshot:
+        """Make a snapshot a template, named `label` (`shop:1.2`; a plain name gets `:latest`). pool: machines to keep restored and parked."""
+        ...
+
+    async def delete_snapshot(self, snapshot: str, *, cascade: bool = False, dry_run: bool = False) -> builtins.list[str]:
+        """Remove a snapshot; returns what goes, in order. DependentsError when others stand on it. cascade: they go too. dry_run: only tell."""
+        ...
+
+    async def tree(self) -> builtins.list[TreeNode]:
+        """Who descends from whom: images, machines, snapshots; parents before children."""
+        ...
+
+    async def layers(self) -> builtins.list[LayerInfo]:
+        """The layers of this host, oldest first."""
+        ...
+
+    async def get_layer(self, layer: str) -> LayerInfo: ...
+
+    async def verify_layer(self, layer: str) -> builtins.list[str]:
+        """Read and check every chunk; what is wrong, a sentence each."""
+        ...
+
+    def export_layer(self, layer: str) -> AsyncIterator[bytes]:
+        """The layer with all it stands on, as the raw image."""
         ...
 
     async def logs(self, name: str, *, source: str = "console", lines: int = 200) -> bytes:
