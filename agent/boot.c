@@ -13,6 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #include "boot.h"
+#include "identity.h"
 #include "mounts.h"
 #include "net.h"
 #include "power.h"
@@ -215,6 +216,7 @@ void boot_machine(struct boot *b, char *argv0)
 	b->proc_fd = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
 	terminal_dev = open("/dev", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	random_fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
 	while ((b->port_fd = find_port()) < 0)
 		if (!boot_wait_device())
 			boot_fatal("there is no port ramet.agent");
@@ -222,6 +224,7 @@ void boot_machine(struct boot *b, char *argv0)
 	if (word)
 		rootfs_switch(word);
 	mounts_late();
+	identity_begin("", boot_word("ramet.machine_id"));
 	net_configure();
 	if (events >= 0)
 		close(events);

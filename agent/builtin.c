@@ -103,7 +103,7 @@ static const struct builtin {
 	{"read", builtin_read, 1, 3},     {"write", builtin_write, 1, 4},   {"stat", builtin_stat, 1, 1},
 	{"list", builtin_list, 1, 1},     {"remove", builtin_remove, 1, 2}, {"rename", builtin_rename, 2, 2},
 	{"mkdir", builtin_mkdir, 2, 3},   {"chmod", builtin_chmod, 2, 2},   {"chown", builtin_chown, 3, 3},
-	{"pack", builtin_pack, 1, 1},     {"unpack", builtin_unpack, 1, 2},
+	{"pack", builtin_pack, 1, 1},     {"unpack", builtin_unpack, 1, 2}, {"hooks", builtin_hooks, 2, 2},
 };
 
 static const struct builtin *find(const char *name)

@@ -24,5 +24,6 @@ int builtin_list(char **argv);
 int builtin_remove(char **argv);
 int builtin_pack(char **argv);
 int builtin_unpack(char **argv);
+int builtin_hooks(char **argv);
 
 #endif

@@ -16,6 +16,12 @@ void framer_lose(struct framer *f)
 	f->zeros = 0;
 }
 
+void framer_restart(struct framer *f)
+{
+	f->lost = true;
+	f->zeros = ZERO_RUN;
+}
+
 uint8_t *framer_space(struct framer *f, size_t *room)
 {
 	if (f->start == f->end) {

@@ -25,6 +25,8 @@ enum framer_result { FRAMER_MORE, FRAMER_FRAME, FRAMER_BAD };
 void framer_reset(struct framer *f, bool boundary);
 /* Forget where frames begin (the caller saw nonsense in one): as FRAMER_BAD does by itself. */
 void framer_lose(struct framer *f);
+/* A new connection starts behind what has been taken: its SYNC may come at once, or be there already. */
+void framer_restart(struct framer *f);
 uint8_t *framer_space(struct framer *f, size_t *room);
 void framer_filled(struct framer *f, size_t n);
 /* FRAMER_BAD: the bytes were no frame; the framer is now lost and the connection's state is void. */

@@ -59,8 +59,11 @@ static int sooner(int a, int b)
 
 static int sleep_ms(void)
 {
-	int ms = sooner(proc_deadlines(), dial_deadlines());
-	return sooner(ms, sooner(port_retry_ms(), power_due(port_empty())));
+	int ms = proc_deadlines();
+	/* What a connection's deadline would say has to wait; a process's says nothing. */
+	if (!port_quiet)
+		ms = sooner(ms, dial_deadlines());
+	return sooner(ms, power_due(port_empty()));
 }
 
 static _Noreturn void loop(bool test)
@@ -68,10 +71,14 @@ static _Noreturn void loop(bool test)
 	static struct pollfd fds[2 + PUMP_POLL_MAX];
 	bool backlog = false, more = false;
 	for (;;) {
+		int ms = more && port_empty() ? 0 : sleep_ms();
+		/* A deadline may just have said something. */
+		if (!port_empty())
+			port_flush();
 		fds[0] = port_pollfd(!backlog);
 		fds[1] = (struct pollfd){.fd = signals, .events = POLLIN};
-		int n = pump_poll(fds + 2);
-		if (poll(fds, (nfds_t)n + 2, more && port_empty() ? 0 : sleep_ms()) < 0)
+		int n = port_quiet ? 0 : pump_poll(fds + 2);
+		if (poll(fds, (nfds_t)n + 2, sooner(ms, port_retry_ms())) < 0)
 			continue;
 		/* What was polled comes first: nothing before it may open a descriptor that has a polled one's number. */
 		pump_polled(fds + 2, n);
@@ -84,7 +91,7 @@ static _Noreturn void loop(bool test)
 		}
 		do {
 			backlog = serve_input();
-			more = pump_emit();
+			more = !port_quiet && pump_emit();
 			port_flush();
 		} while (backlog && port_empty());
 	}

@@ -15,7 +15,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include "boot.h"
+#include "hosts.h"
 #include "net.h"
+#include "wire.h"
 
 static int up(int fd, const char *name)
 {
@@ -157,7 +159,7 @@ static void provide(const char *path, const char *text)
 
 static void name_machine(void)
 {
-	char name[65] = "", hosts[320];
+	char name[HOSTNAME_MAX + 1] = "", hosts[HOSTS_MAX];
 	const char *word = boot_word("ramet.hostname");
 	if (word) {
 		snprintf(name, sizeof name, "%s", word);
@@ -171,8 +173,11 @@ static void name_machine(void)
 	if (!name[0])
 		strcpy(name, "localhost");
 	sethostname(name, strlen(name));
-	snprintf(hosts, sizeof hosts, "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 %s\n", name);
+	hosts_text(hosts, name);
 	provide("/etc/hosts", hosts);
+	/* A disk that came from another machine. */
+	if (hosts_rename("/etc/hosts", name) < 0)
+		boot_say("/etc/hosts: %s", strerror(errno));
 }
 
 void net_configure(void)

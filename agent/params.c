@@ -17,9 +17,11 @@ static const char *decode_integer(const uint8_t *p, uint32_t length, uint64_t *v
 
 static const char *set_integer(struct request *r, enum tag tag, uint64_t v)
 {
-	if (tag == TAG_TIMEOUT || tag == TAG_GRACE) {
-		*(tag == TAG_TIMEOUT ? &r->timeout_ms : &r->grace_ms) = v;
-		return NULL;
+	switch (tag) {
+	case TAG_TIMEOUT: r->timeout_ms = v; return NULL;
+	case TAG_GRACE: r->grace_ms = v; return NULL;
+	case TAG_TIME: r->time_ns = v; return NULL;
+	default: break;
 	}
 	if (v > UINT32_MAX)
 		return "an integer that is too large";
@@ -43,6 +45,9 @@ static const char *set_string(struct request *r, enum tag tag, char *s, uint32_t
 	case TAG_CWD: r->cwd = s; return NULL;
 	case TAG_USER: r->user = s; return NULL;
 	case TAG_HOST: r->host = s; return NULL;
+	case TAG_HOSTNAME: r->hostname = s; return NULL;
+	case TAG_MACHINE_ID: r->machine_id = s; return NULL;
+	case TAG_GENERATION: r->generation = s; return NULL;
 	default:
 		if (length > NAME_MAX_BYTES)
 			return "a name of more than 64 bytes";
@@ -53,7 +58,7 @@ static const char *set_string(struct request *r, enum tag tag, char *s, uint32_t
 
 static bool is_string(unsigned tag)
 {
-	return tag <= TAG_USER || tag == TAG_NAME || tag == TAG_HOST;
+	return tag <= TAG_USER || tag == TAG_NAME || tag == TAG_HOST || tag >= TAG_HOSTNAME;
 }
 
 static const char *decode_one(struct request *r, unsigned tag, uint8_t *p, uint32_t length)
@@ -65,6 +70,11 @@ static const char *decode_one(struct request *r, unsigned tag, uint8_t *p, uint3
 	r->given |= 1u << tag;
 	if (is_string(tag))
 		return set_string(r, tag, (char *)p, length);
+	if (tag == TAG_ENTROPY) {
+		r->entropy = p;
+		r->entropy_size = length;
+		return length > ENTROPY_MAX ? "more than 512 bytes of entropy" : NULL;
+	}
 	uint64_t value;
 	const char *wrong = decode_integer(p, length, &value);
 	return wrong ? wrong : set_integer(r, tag, value);

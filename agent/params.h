@@ -18,7 +18,10 @@ struct request {
 	int argc, envc;
 	char **argv, **envp; /* both end with NULL */
 	const char *cwd, *user, *name, *host;
-	uint64_t timeout_ms, grace_ms;
+	const char *hostname, *machine_id, *generation;
+	const uint8_t *entropy;
+	uint32_t entropy_size;
+	uint64_t timeout_ms, grace_ms, time_ns;
 	uint32_t rows, cols, process, signal, port;
 };
 

@@ -8,6 +8,7 @@
 enum { OUT_SIZE = 2 * FRAME_MAX, WRITE_MOST = 32 * 1024, WRITE_LEAST = 512, RETRY_MS = 20 };
 
 struct framer port_in;
+bool port_quiet;
 
 static int port_fd;
 static bool is_port; /* a character device; else a socket */
@@ -54,10 +55,15 @@ static enum port_event gone(void)
 	host_gone = true;
 	full = false;
 	port_forget_output();
-	framer_reset(&port_in, true);
-	/* What the old connection left behind is of no use, and must not be taken for the new one's. */
-	while (read(port_fd, out, sizeof out) > 0)
-		;
+	if (port_quiet) {
+		/* The old connection left nothing behind: what is there is the new one's, which may be faster than the news of it. */
+		framer_restart(&port_in);
+	} else {
+		framer_reset(&port_in, true);
+		/* What the old connection left behind is of no use, and must not be taken for the new one's. */
+		while (read(port_fd, out, sizeof out) > 0)
+			;
+	}
 	/* An old wake-up counts no more; one that comes from here on does. */
 	epoll_wait(connect_watch, &ignored, 1, 0);
 	if (!hung_up())

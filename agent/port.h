@@ -8,6 +8,9 @@
 /* fd is non-blocking. A socket or pipe instead of a port (for tests): PORT_GONE is for good then. */
 void port_begin(int fd);
 extern struct framer port_in;
+/* The host is about to save the machine: what is queued goes out, and then nobody may queue more. The host sends nothing either, so both directions
+ * are between two frames. */
+extern bool port_quiet;
 
 /* What to poll for, and what came of it. */
 struct pollfd port_pollfd(bool want_input);

@@ -231,6 +231,14 @@ void proc_leave(struct slot *s)
 		slot_free(s);
 }
 
+void proc_keep(struct slot *s)
+{
+	/* A file operation would wait for the rest of its input for ever, and half of that must never be taken for the whole. */
+	bool half = s->builtin && s->in.fd >= 0 && !s->in.eof;
+	s->detach = s->detach || !half;
+	proc_leave(s);
+}
+
 static void note_result(struct slot *s, int status)
 {
 	s->pid = 0;
@@ -273,7 +281,8 @@ void proc_reaped(pid_t pid, int status)
 		o->ready = n > 0;
 		o->eof = n == 0;
 	}
-	if (s->stream == 0)
+	/* While it is quiet, what is left stays in the pipe: whoever attaches reads it from there. */
+	if (s->stream == 0 && !port_quiet)
 		proc_absorb(s);
 }
 

@@ -14,6 +14,8 @@ void proc_forget(uint32_t stream, const struct request *r);
 
 /* The host no longer follows s. */
 void proc_leave(struct slot *s);
+/* The host is gone for good, but its machine goes on in a fork or after a hibernation: s lives on as if it had been started with DETACH. */
+void proc_keep(struct slot *s);
 /* A child has ended: ours, or an orphan that PID 1 inherited. */
 void proc_reaped(pid_t pid, int status);
 /* Keep the last of what a process writes while nobody is attached. */

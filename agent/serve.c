@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 #include "dial.h"
+#include "identity.h"
 #include "list.h"
 #include "metrics.h"
 #include "params.h"
@@ -56,11 +57,18 @@ static void leave(struct slot *s)
 
 void serve_disconnect(void)
 {
+	bool quiet = port_quiet;
 	opening.stream = 0;
+	port_quiet = false;
 	port_forget_output();
-	for (int i = slots_top - 1; i >= 0; i--)
-		if (i < slots_top && slots[i].kind != FREE && slots[i].stream)
+	for (int i = slots_top - 1; i >= 0; i--) {
+		if (i >= slots_top || slots[i].kind == FREE || slots[i].stream == 0)
+			continue;
+		if (quiet && slots[i].kind == PROCESS)
+			proc_keep(&slots[i]);
+		else
 			leave(&slots[i]);
+	}
 }
 
 /* The host broke the protocol: the stream pays for it, or, when there is none to name, the connection. */
@@ -106,6 +114,12 @@ static void carry_out(uint32_t stream, struct request *r)
 		port_end(stream, END_EXITED, 0, NULL);
 		power_off_soon(r->grace_ms);
 		break;
+	case OP_QUIESCE:
+		port_end(stream, END_EXITED, 0, NULL);
+		port_quiet = true;
+		break;
+	case OP_RESUME: port_end(stream, END_EXITED, 0, NULL); break;
+	case OP_IDENTIFY: identity_take(stream, r); break;
 	}
 }
 
@@ -167,11 +181,23 @@ static void stream_frame(const struct frame *f, struct slot *s)
 		violation(f->stream, "a frame that breaks the rules of the protocol");
 }
 
+static bool is_resume(const struct frame *f)
+{
+	return f->type == T_OPEN && f->flags == 0 && f->stream != 0 && f->length >= 4 && get16(f->payload) == OP_RESUME;
+}
+
 static void handle(const struct frame *f)
 {
 	if (f->type == T_SYNC) {
 		sync_frame(f);
 		return;
+	}
+	if (port_quiet) {
+		if (!is_resume(f)) {
+			lost();
+			return;
+		}
+		port_quiet = false;
 	}
 	if (f->stream == 0 || f->type < T_OPEN || f->type > T_CLOSE) {
 		if (f->stream && slot_of_stream(f->stream))

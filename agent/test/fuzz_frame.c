@@ -26,6 +26,11 @@ static void decode(const struct frame *f)
 		for (int i = 0; i < r.envc; i++)
 			assert(strchr(r.envp[i], '='));
 		assert(!r.name || strlen(r.name) <= NAME_MAX_BYTES);
+		assert(!r.hostname || strlen(r.hostname) <= f->length);
+		assert(!r.machine_id || strlen(r.machine_id) <= f->length);
+		assert(!r.generation || strlen(r.generation) <= f->length);
+		assert(given(&r, TAG_ENTROPY) == (r.entropy != NULL) && r.entropy_size <= ENTROPY_MAX);
+		assert(!r.entropy || (r.entropy >= copy && r.entropy + r.entropy_size <= copy + f->length));
 	}
 	free(copy);
 }
@@ -36,9 +41,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (size < 1)
 		return 0;
 	size_t most = data[0] + 1u;
-	/* Half of the runs start in the middle of things. */
+	/* Half of the runs start in the middle of things; some are told of a new connection there. */
 	framer_reset(&framer, true);
 	framer.lost = data[0] & 1;
+	bool restart = data[0] & 2;
 	data++;
 	size--;
 	while (size > 0) {
@@ -49,6 +55,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		framer_filled(&framer, n);
 		data += n;
 		size -= n;
+		if (restart && size < most)
+			framer_restart(&framer);
 		for (enum framer_result r; (r = framer_next(&framer, &f)) != FRAMER_MORE;) {
 			assert(framer.start <= framer.end && framer.end <= sizeof framer.buf);
 			assert((r == FRAMER_BAD) == framer.lost);

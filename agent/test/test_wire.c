@@ -251,6 +251,57 @@ static void test_bad_params(void)
 	CHECK(decode(&r) != NULL);
 }
 
+static void test_identity(void)
+{
+	struct request r;
+	static uint8_t entropy[ENTROPY_MAX + 1];
+	begin(OP_IDENTIFY, 0);
+	add(TAG_GENERATION, "01234567-89ab-4def-8123-456789abcdef", GENERATION_SIZE);
+	add(TAG_ENTROPY, entropy, ENTROPY_MAX);
+	add(TAG_TIME, "\0\0\0\0\0\0\0\x18", 8);
+	add(TAG_HOSTNAME, "fork-1", 6);
+	add(TAG_MACHINE_ID, "0123456789abcdef0123456789abcdef", MACHINE_ID_SIZE);
+	CHECK(decode(&r) == NULL && r.op == OP_IDENTIFY);
+	CHECK(!strcmp(r.generation, "01234567-89ab-4def-8123-456789abcdef") && !strcmp(r.hostname, "fork-1"));
+	CHECK(!strcmp(r.machine_id, "0123456789abcdef0123456789abcdef") && r.time_ns == 0x1800000000000000);
+	CHECK(r.entropy_size == ENTROPY_MAX && memcmp(r.entropy, entropy, ENTROPY_MAX) == 0);
+	begin(OP_IDENTIFY, 0);
+	add(TAG_ENTROPY, entropy, ENTROPY_MAX + 1);
+	CHECK(decode(&r) != NULL);
+	begin(OP_IDENTIFY, 0);
+	add(TAG_ENTROPY, "", 0);
+	add(TAG_ENTROPY, "", 0);
+	CHECK(decode(&r) != NULL);
+	for (int op = OP_QUIESCE; op < OP_LAST; op++) {
+		begin(op, 0);
+		CHECK(decode(&r) == NULL && r.op == op && r.given == 0);
+	}
+}
+
+/* As a new host does to a machine that was saved while it was quiet, and as the port then may be: parts of the SYNC before the news of the host. */
+static void test_restart(void)
+{
+	uint8_t bytes[FRAME_HEADER + NONCE_SIZE];
+	struct frame f;
+	frame_header(bytes, T_SYNC, 0, 0, NONCE_SIZE);
+	memcpy(bytes + FRAME_HEADER, nonce, NONCE_SIZE);
+	for (size_t cut = 0; cut <= sizeof bytes; cut++) {
+		start();
+		feed_frame(T_OPEN, 0, 1, "\13\0\0\0", 4);
+		CHECK(framer_next(&framer, &f) == FRAMER_FRAME && f.type == T_OPEN);
+		feed(bytes, cut);
+		framer_restart(&framer);
+		feed(bytes + cut, sizeof bytes - cut);
+		feed_frame(T_OPEN, 0, 1, "\15\0\0\0", 4);
+		CHECK(framer_next(&framer, &f) == FRAMER_FRAME && f.type == T_SYNC && memcmp(f.payload, nonce, NONCE_SIZE) == 0);
+		CHECK(framer_next(&framer, &f) == FRAMER_FRAME && f.type == T_OPEN && f.length == 4);
+	}
+	start();
+	framer_restart(&framer);
+	feed_frame(T_OPEN, 0, 1, "\15\0\0\0", 4);
+	CHECK(framer_next(&framer, &f) == FRAMER_MORE); /* whatever comes before a SYNC is no frame */
+}
+
 static void test_most_params(void)
 {
 	struct request r;
@@ -299,6 +350,8 @@ int main(void)
 	test_garbage();
 	test_params();
 	test_bad_params();
+	test_identity();
+	test_restart();
 	test_most_params();
 	test_ring();
 	return check_report();

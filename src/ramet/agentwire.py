@@ -6,6 +6,7 @@ A guest is hostile, so everything read here is checked.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from enum import IntEnum, IntFlag
 from ramet.errors import GuestError
 from ramet.model import FileInfo, FileType, Process
 
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<BBHII")
 MAX_PAYLOAD = 32756
 MAX_FRAME = HEADER.size + MAX_PAYLOAD
@@ -22,6 +23,7 @@ WINDOW = 65536  # bytes of credit that each channel of a new stream begins with
 NONCE = 16
 RESYNC = bytes(MAX_FRAME + HEADER.size)
 MAX_PARAMS = 256 << 10
+HOOKS = "/etc/ramet/fork.d"  # in the guest: programs that are run in each copy of a machine
 _MAX_MESSAGE = 4096
 _PARAM = struct.Struct("<HHI")
 _END = struct.Struct("<B3xi")
@@ -56,6 +58,9 @@ class Op(IntEnum):
     METRICS = 8
     DIAL = 9
     POWEROFF = 10
+    QUIESCE = 11
+    RESUME = 12
+    IDENTIFY = 13
 
 
 class OpenFlag(IntFlag):
@@ -79,6 +84,11 @@ class Tag(IntEnum):
     HOST = 11
     PORT = 12
     GRACE = 13
+    TIME = 14
+    ENTROPY = 15
+    HOSTNAME = 16
+    MACHINE_ID = 17
+    GENERATION = 18
 
 
 class EndKind(IntEnum):
@@ -124,7 +134,7 @@ def credit(stream: int, channel: int, amount: int) -> bytes:
 def param(tag: Tag, value: bytes | str | int) -> bytes:
     """One parameter of OPEN; integers as u32, or u64 for the times."""
     if isinstance(value, int):
-        value = struct.pack("<Q" if tag in (Tag.TIMEOUT, Tag.GRACE) else "<I", value)
+        value = struct.pack("<Q" if tag in (Tag.TIMEOUT, Tag.GRACE, Tag.TIME) else "<I", value)
     elif isinstance(value, str):
         value = value.encode(errors="surrogateescape")
     return _PARAM.pack(tag, 0, len(value)) + value
@@ -228,6 +238,18 @@ def parse_credit(payload: bytes) -> int:
 def printable(data: bytes) -> str:
     """Guest text for people: no control characters that could drive their terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in data.decode(errors="replace"))
+
+
+_HOOK = re.compile(rf"(\d{{1,5}}) ([^\n]*): {re.escape(HOOKS)}/([^\n]*)\n\Z")
+
+
+def parse_hook(stderr: bytes) -> tuple[str, str, str]:
+    """What a failed `hooks` says at its end: the hook's name, what happened to it, and the text before that."""
+    text = printable(stderr)
+    found = _HOOK.search(text)
+    if not found:
+        raise ProtocolError("the guest's agent does not say which hook failed")
+    return found[3], found[2], text[: found.start()]
 
 
 _TYPES = {

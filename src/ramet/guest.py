@@ -3,170 +3,58 @@
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
 import os
-from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ramet import agentwire, sockets
+from ramet.agentstream import Stream, failed
 from ramet.agentwire import EndKind, Frame, Kind, Op, OpenFlag, ProtocolError, Tag
-from ramet.errors import GuestError, GuestNotFoundError, MachineFailedError, OutcomeUnknownError, RametError
-from ramet.model import Channel, Command, Ending, Exit, Output, Process, ProcessEvent, Started
+from ramet.errors import GuestError, MachineFailedError, OutcomeUnknownError, RametError, TimeoutExpiredError
+from ramet.identity import Identity
+from ramet.model import Channel, Command, Ending, Exit, Output, Process
+from ramet.patience import Patience
+
+__all__ = ["Guest", "Identity", "Stream"]
 
 SILENCE = (
     60.0  # seconds without a byte, though asked, after which a guest counts as not answering: an emulated one with a busy host can be slow
 )
 SHORT = 30.0  # deadline of calls that start nothing, in seconds
 _HIGH = 256 << 10  # bytes in the transport's buffer beyond which writers wait
-_CHANNELS = {1: Channel.STDOUT, 2: Channel.STDERR}
-_ENDINGS = {
-    EndKind.EXITED: Ending.EXITED,
-    EndKind.SIGNALED: Ending.SIGNALED,
-    EndKind.TIMEOUT: Ending.TIMEOUT,
-    EndKind.DETACHED: Ending.DETACHED,
-}
+CLOCK_ERROR = 0.5  # seconds that a guest's clock may be behind when it is set: half of what is promised
+_TAIL = 4096  # bytes of a hook's output that are kept for its error
 
 
-Event = Started | Output | agentwire.Eof | agentwire.End
+def _hook_error(end: Exit, said: Mapping[Channel, bytes], timeout: float) -> GuestError:
+    """The error for `hooks` that did not end well. said: what it and the hooks wrote."""
+    output = agentwire.printable(said[Channel.STDOUT])
+    if end.ending is Ending.TIMEOUT:
+        text = output + agentwire.printable(said[Channel.STDERR])
+        return TimeoutExpiredError(
+            f"the programs in {agentwire.HOOKS} did not end within {timeout:.0f} s: {_last_line(text)}", details={"log": text}
+        )
+    if end.ending is not Ending.EXITED:
+        return GuestError(f"the programs in {agentwire.HOOKS} were killed by signal {end.code}")
+    name, what, errors = agentwire.parse_hook(said[Channel.STDERR])
+    text = errors if errors.strip() else output
+    return GuestError(
+        f"{agentwire.HOOKS}/{name} failed, {what}: {_last_line(text)}",
+        hint="Mend it in the image, or in the machine that was forked.",
+        details={"hook": name, "log": text},
+    )
 
 
-def failed(end: agentwire.End) -> GuestError:
-    """The error for an END of kind FAILED."""
-    name = errno.errorcode.get(end.code, str(end.code))
-    message = end.message or os.strerror(end.code)
-    details = {"errno": name}
-    if end.code in (errno.ENOENT, errno.ESRCH):
-        return GuestNotFoundError(message, details=details)
-    hint = {
-        "EAGAIN": "The guest's process table is full: kill something in it, or `ramet stop` it.",
-        "ENOMEM": "The guest is out of memory.",
-        "ENOSPC": "The guest's disk is full.",
-    }
-    return GuestError(message, hint=hint.get(name, ""), details=details)
-
-
-class Stream:
-    """One stream: what the guest sends waits here, at most a window for each channel; credit goes back as it is taken."""
-
-    def __init__(self, guest: Guest, number: int, what: str) -> None:
-        self._guest = guest
-        self.number = number
-        self.what = what
-        self._events: deque[Event] = deque()
-        self._open = {1, 2}
-        self._allowed = {1: agentwire.WINDOW, 2: agentwire.WINDOW}
-        self._owed = {1: 0, 2: 0}
-        self._credit = agentwire.WINDOW
-        self._changed = asyncio.Event()
-        self._started = False
-        self._error: RametError | None = None
-        self.ended = False
-
-    def deliver(self, frame: Frame) -> None:
-        """Take a frame from the connection; a guest that exceeds its credit or repeats itself breaks the protocol."""
-        if self.ended:
-            raise ProtocolError("the guest's agent sent a frame after END")
-        match frame.kind:
-            case Kind.DATA:
-                left = self._allowed.get(frame.flags, -1) - len(frame.payload)
-                if left < 0 or not frame.payload or frame.flags not in self._open:
-                    raise ProtocolError("the guest's agent sent more than it may")
-                self._allowed[frame.flags] = left
-                self._events.append(Output(channel=_CHANNELS[frame.flags], data=frame.payload))
-            case Kind.STARTED if not self._started:
-                process, pid = agentwire.parse_pair(frame.payload)
-                self._started = True
-                self._events.append(Started(process=process, pid=pid))
-            case Kind.END:
-                self._events.append(agentwire.parse_end(frame.payload))
-                self.ended = True  # after the line that may raise: else nobody would tell those who wait here
-            case Kind.CREDIT:
-                self._credit = min(self._credit + agentwire.parse_credit(frame.payload), 1 << 30)
-            case Kind.EOF if frame.flags in self._open:
-                self._open.discard(frame.flags)
-                self._events.append(agentwire.Eof(frame.flags))
-            case _:
-                raise ProtocolError(f"the guest's agent sent {frame.kind.name} where it may not")
-        self._changed.set()
-
-    def fail(self, error: RametError) -> None:
-        """The connection is gone; whoever waits here learns it after what has arrived."""
-        if not self.ended:
-            self.ended, self._error = True, error
-            self._changed.set()
-
-    async def next(self) -> Event:
-        """The next event; gives the credit of output back."""
-        while not self._events:
-            if self._error:
-                raise self._error
-            self._changed.clear()
-            await self._changed.wait()
-        event = self._events.popleft()
-        if isinstance(event, Output):
-            self._consumed(1 if event.channel is Channel.STDOUT else 2, len(event.data))
-        return event
-
-    def _consumed(self, channel: int, amount: int) -> None:
-        self._owed[channel] += amount
-        if self._owed[channel] >= agentwire.WINDOW // 4 and not self.ended:
-            self._allowed[channel] += self._owed[channel]
-            self._guest.send(agentwire.credit(self.number, channel, self._owed[channel]))
-            self._owed[channel] = 0
-
-    async def write(self, data: bytes) -> None:
-        """Send to the process's stdin, as fast as it takes it. GuestError when it has ended."""
-        view = memoryview(data)
-        while view:
-            while not self._credit and not self.ended:
-                self._changed.clear()
-                await self._changed.wait()
-            if self.ended:
-                raise self._error or GuestError(f"{self.what} ended before it took all its input", details={"errno": "EPIPE"})
-            piece = view[: min(self._credit, agentwire.MAX_PAYLOAD)]
-            self._credit -= len(piece)
-            await self._guest.send_all(agentwire.frame(Kind.DATA, self.number, bytes(piece)))
-            view = view[len(piece) :]
-
-    def eof(self) -> None:
-        """No more input."""
-        if not self.ended:
-            self._guest.send(agentwire.frame(Kind.EOF, self.number))
-
-    def close(self) -> None:
-        """Not interested any more; see CLOSE."""
-        self._guest.forget(self)
-
-    async def end(self) -> agentwire.End:
-        """Wait for END, dropping output; raise for FAILED."""
-        while True:
-            event = await self.next()
-            if isinstance(event, agentwire.End):
-                if event.kind is EndKind.FAILED:
-                    raise failed(event)
-                return event
-
-    async def events(self) -> AsyncGenerator[ProcessEvent, None]:
-        """Started, Output… and Exit; closes the stream when the iteration ends early."""
-        try:
-            while True:
-                event = await self.next()
-                if isinstance(event, Started | Output):
-                    yield event
-                elif isinstance(event, agentwire.Eof):
-                    continue
-                elif event.kind is EndKind.FAILED:
-                    raise failed(event)
-                else:
-                    yield Exit(ending=_ENDINGS[event.kind], code=event.code)
-                    return
-        finally:
-            self.close()
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 class Guest(asyncio.Protocol):
-    """A connection to an agent. `connect` makes one; `closed` is done when it is gone, with the reason as its result."""
+    """A connection to an agent. `connect` makes one; `closed` is done when it is gone, with the reason as its result.
+
+    hooks_due: what the last IDENTIFY said: there are programs for `run_hooks`.
+    """
 
     def __init__(self, silence: float) -> None:
         loop = asyncio.get_running_loop()
@@ -179,6 +67,11 @@ class Guest(asyncio.Protocol):
         self._silence = silence
         self._heard = loop.time()
         self._watch: asyncio.TimerHandle | None = None
+        self._patience = Patience()
+        self._waiting = bytearray()  # what is to be sent when the machine goes on
+        self._greeting: Stream | None = None
+        self._greeted = 0.0
+        self.hooks_due = False
         self._transport: asyncio.Transport | None = None
         self.version = ""
         self.boot_id = b""
@@ -186,25 +79,61 @@ class Guest(asyncio.Protocol):
         self.closed: asyncio.Future[str] = loop.create_future()
 
     @classmethod
-    async def connect(cls, path: Path, *, deadline: float, resync: bool, silence: float | None = None) -> Guest:
-        """Connect to the agent whose port is the socket `path`, waiting at most `deadline` seconds for it to answer.
+    async def connect(
+        cls, path: Path, *, deadline: float, resync: bool, identity: Identity | None = None, silence: float | None = None
+    ) -> Guest:
+        """Connect to the agent whose port is the socket `path`, waiting at most `deadline` seconds for it to answer: `reach`, `greet`, `answered`."""
+        guest = await cls.reach(path, silence=silence)
+        guest.greet(resync=resync, identity=identity)
+        await guest.answered(deadline)
+        return guest
 
-        resync: the agent may be in the middle of a frame (it served another daemon before). silence: as SILENCE.
-        """
+    @classmethod
+    async def reach(cls, path: Path, *, silence: float | None = None) -> Guest:
+        """Open the line and say nothing yet. A guest whose device state is loaded after this never sees its port closed. silence: as SILENCE."""
         _, guest = await sockets.connect(path, lambda: cls(silence or SILENCE))
-        guest.send((agentwire.RESYNC if resync else b"") + agentwire.frame(Kind.SYNC, 0, guest._nonce))
+        return guest
+
+    def greet(self, *, resync: bool, identity: Identity | None = None) -> None:
+        """Queue SYNC and, right behind it, IDENTIFY. The guest need not run yet; its clock is set to the time of this call, so make it late.
+
+        resync: the agent may be in the middle of a frame (it served another daemon before); after a restore it was quiet, so it is not.
+        """
+        data = agentwire.RESYNC if resync else b""
+        data += agentwire.frame(Kind.SYNC, 0, self._nonce)
+        if identity:
+            self._greeting = Stream(self, next(self._numbers), "the new identity")
+            self._streams[self._greeting.number] = self._greeting
+            data += agentwire.open_frames(self._greeting.number, Op.IDENTIFY, 0, identity.params())
+        self._greeted = asyncio.get_running_loop().time()
+        self.send(data)
+
+    async def answered(self, deadline: float) -> None:
+        """Wait for the answers to `greet`. MachineFailedError when one does not come or is a refusal; the line is closed then."""
         try:
             async with asyncio.timeout(deadline):
-                await guest.synced
+                await self.synced
+                if self._greeting:
+                    self.hooks_due = bool((await self._greeting.end()).code)
+                    await self._correct_clock(self._greeted)
         except TimeoutError:
-            guest.abort("it did not answer")
+            self.abort("it did not answer")
             raise MachineFailedError(
                 f"the guest's agent did not answer within {deadline:.0f} s", hint="`ramet logs` shows the guest's console."
             ) from None
-        except BaseException:
-            guest.abort("given up")
+        except MachineFailedError:
+            self.abort("given up")
             raise
-        return guest
+        except GuestError as error:
+            self.abort("it did not take its identity")
+            raise MachineFailedError(
+                f"the guest did not take its new identity: {error.message}",
+                hint="It was not let run on as its parent's double. `ramet logs` shows its console.",
+                details=error.details,
+            ) from error
+        except BaseException:
+            self.abort("given up")
+            raise
 
     # asyncio.Protocol
 
@@ -225,6 +154,8 @@ class Guest(asyncio.Protocol):
             for frame in self._decoder.feed(data):
                 self._dispatch(frame)
         except RametError as error:
+            if not self.synced.done():
+                self._unsynced(MachineFailedError(error.message, hint=error.hint))
             self.abort(error.message)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -246,11 +177,18 @@ class Guest(asyncio.Protocol):
 
     def send(self, data: bytes) -> None:
         """Queue small control frames; bounded by the number of streams."""
+        if self._patience.held:
+            self._waiting += data
+        else:
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
         if self._transport and not self._transport.is_closing():
             self._transport.write(data)
 
     async def send_all(self, data: bytes) -> None:
-        """Queue data, waiting while the line is full."""
+        """Queue data, waiting while the line is full or the machine stands still."""
+        await self._patience.running()
         await self._writable.wait()
         self.send(data)
 
@@ -262,13 +200,12 @@ class Guest(asyncio.Protocol):
         if self._watch:
             self._watch.cancel()
         self._writable.set()
+        self._patience.end()
+        self._waiting.clear()
         if self._transport:
             self._transport.abort()
         if not self.synced.done():
-            self.synced.set_exception(
-                MachineFailedError(f"the guest's agent went away: {reason}", hint="`ramet logs` shows the guest's console.")
-            )
-            self.synced.exception()  # taken here: nobody may be waiting
+            self._unsynced(MachineFailedError(f"the guest's agent went away: {reason}", hint="`ramet logs` shows the guest's console."))
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(
@@ -278,12 +215,100 @@ class Guest(asyncio.Protocol):
                 )
             )
 
+    def _unsynced(self, error: MachineFailedError) -> None:
+        self.synced.set_exception(error)
+        self.synced.exception()  # taken here: nobody may be waiting
+
+    # standing still
+
+    def hold(self) -> None:
+        """The machine stands still, for as long as it likes: what callers send waits, and so do deadlines and the watch for silence. Nests."""
+        self._patience.hold()
+
+    def release(self) -> None:
+        """It runs again: what waited is sent."""
+        if not self._patience.release():
+            return
+        waiting, self._waiting = bytes(self._waiting), bytearray()
+        self._write(waiting)
+        self._heard = asyncio.get_running_loop().time()
+        if self._streams and not self._watch:
+            self._schedule()
+
+    async def quiesce(self, deadline: float = SHORT) -> None:
+        """Make the agent quiet, and `hold`: between this and `resume` nothing is under way in either direction, and the machine may be saved.
+
+        When it fails, the machine goes on as if it had not been asked.
+        """
+        stream = self.open(Op.QUIESCE, "the request to be quiet")
+        self.hold()
+        try:
+            async with asyncio.timeout(deadline):
+                await stream.end()
+        except TimeoutError:
+            self._go_on()
+            raise OutcomeUnknownError(f"the guest's agent did not become quiet within {deadline:.0f} s") from None
+        except BaseException:
+            self._go_on()
+            raise
+
+    async def resume(self, deadline: float = SHORT) -> None:
+        """End the quiet; what waited follows at once."""
+        stream = self._go_on()
+        try:
+            async with self._patience.limit(deadline):
+                await stream.end()
+        except TimeoutError:
+            raise OutcomeUnknownError(f"the guest's agent did not go on within {deadline:.0f} s") from None
+        finally:
+            stream.close()
+
+    def _go_on(self) -> Stream:
+        """RESUME, whether the agent is quiet already or not, before anything else."""
+        stream = Stream(self, next(self._numbers), "the request to go on")
+        if self.closed.done():
+            stream.fail(self._gone())
+        else:
+            self._write(agentwire.open_frames(stream.number, Op.RESUME, 0, ()))
+            self._streams[stream.number] = stream
+        self.release()
+        return stream
+
+    async def identify(self, identity: Identity, deadline: float = SHORT) -> bool:
+        """Tell a running guest who it is, or with `Identity.clock()` only the time. True: there are programs for `run_hooks`."""
+        await self._patience.running()
+        asked = asyncio.get_running_loop().time()
+        end, _ = await self._ask(Op.IDENTIFY, "the new identity", identity.params(), deadline)
+        self.hooks_due = bool(end.code)
+        async with self._patience.limit(deadline):
+            await self._correct_clock(asked)
+        return self.hooks_due
+
+    async def _correct_clock(self, asked: float) -> None:
+        """The guest set its clock at some moment since `asked` to the time of then; tell it again until the two cannot be far apart."""
+        clock = asyncio.get_running_loop().time
+        while clock() - asked > CLOCK_ERROR:
+            await self._patience.running()
+            asked = clock()
+            await self._ask(Op.IDENTIFY, "the time", Identity.clock().params())
+
+    async def run_hooks(self, generation: str, name: str, timeout: float) -> None:
+        """Run the image's programs for copies of a machine. GuestError of the first that fails, with the last line that it wrote."""
+        said = {Channel.STDOUT: b"", Channel.STDERR: b""}
+        command = Command(argv=("hooks", generation, name), timeout=timeout, label="fork.d")
+        async with contextlib.aclosing(self.execute(command, builtin=True).events()) as events:
+            async for event in events:
+                if isinstance(event, Output):
+                    said[event.channel] = (said[event.channel] + event.data)[-_TAIL:]
+                elif isinstance(event, Exit) and event.status:
+                    raise _hook_error(event, said, timeout)
+
     # streams
 
     def open(self, op: Op, what: str, params: Iterable[bytes] = (), flags: int = 0) -> Stream:
         """Begin a stream. what: as errors name it."""
         if self.closed.done():
-            raise MachineFailedError(f"the guest's agent is gone: {self.closed.result()}", hint="`ramet show` and `ramet logs` say more.")
+            raise self._gone()
         stream = Stream(self, next(self._numbers), what)
         self.send(agentwire.open_frames(stream.number, op, flags, params))
         self._streams[stream.number] = stream
@@ -291,6 +316,9 @@ class Guest(asyncio.Protocol):
             self._heard = max(self._heard, asyncio.get_running_loop().time() - self._silence / 4)
             self._schedule()
         return stream
+
+    def _gone(self) -> MachineFailedError:
+        return MachineFailedError(f"the guest's agent is gone: {self.closed.result()}", hint="`ramet show` and `ramet logs` say more.")
 
     def forget(self, stream: Stream) -> None:
         if self._streams.pop(stream.number, None):
@@ -303,7 +331,7 @@ class Guest(asyncio.Protocol):
     def _check(self) -> None:
         """While anything is under way: ask a guest that is silent, give up one that stays so."""
         self._watch = None
-        if not self._streams:
+        if not self._streams or self._patience.held:
             return
         quiet = asyncio.get_running_loop().time() - self._heard
         if quiet >= self._silence:
@@ -315,11 +343,15 @@ class Guest(asyncio.Protocol):
 
     async def _call(self, op: Op, what: str, params: Iterable[bytes] = (), deadline: float | None = None) -> bytes:
         """An inline op: what it writes to channel 1, at most 1 MiB. deadline: SHORT, unless given."""
+        return (await self._ask(op, what, params, deadline))[1]
+
+    async def _ask(self, op: Op, what: str, params: Iterable[bytes] = (), deadline: float | None = None) -> tuple[agentwire.End, bytes]:
         deadline = SHORT if deadline is None else deadline
+        await self._patience.running()
         stream = self.open(op, what, params)
         parts: list[bytes] = []
         try:
-            async with asyncio.timeout(deadline):
+            async with self._patience.limit(deadline):
                 while not isinstance(event := await stream.next(), agentwire.End):
                     if isinstance(event, Output):
                         parts.append(event.data)
@@ -331,7 +363,7 @@ class Guest(asyncio.Protocol):
             stream.close()
         if event.kind is EndKind.FAILED:
             raise failed(event)
-        return b"".join(parts)
+        return event, b"".join(parts)
 
     async def ping(self, deadline: float | None = None) -> None:
         await self._call(Op.PING, "a ping", deadline=deadline)
@@ -360,7 +392,7 @@ class Guest(asyncio.Protocol):
         params = [agentwire.param(Tag.PORT, port), *([agentwire.param(Tag.HOST, host)] if host else [])]
         stream = self.open(Op.DIAL, f"the connection to port {port}", params)
         try:
-            async with asyncio.timeout(deadline):
+            async with self._patience.limit(deadline):
                 event = await stream.next()
         except BaseException:
             stream.close()

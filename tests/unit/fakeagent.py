@@ -11,7 +11,7 @@ from pathlib import Path
 from ramet import agentwire as wire
 from ramet import sockets
 from ramet.agentwire import EndKind, Kind, Op
-from ramet.guest import Guest
+from ramet.guest import Guest, Stream
 
 DEADLINE = 10.0
 VERSION = b"0.1.0"
@@ -109,3 +109,16 @@ async def pair(directory: Path, *, silence: float = 60.0, resync: bool = False) 
             yield guest, agent
         finally:
             guest.abort("the test ended")
+
+
+async def collect(stream: Stream) -> list[object]:
+    """The events of a stream, to its end."""
+    async with asyncio.timeout(DEADLINE), contextlib.aclosing(stream.events()) as events:
+        return [event async for event in events]
+
+
+async def answered(guest: Guest, agent: FakeAgent) -> None:
+    """The line still works."""
+    pinging = asyncio.ensure_future(guest.ping())
+    agent.end(await agent.expect_open(Op.PING))
+    await pinging

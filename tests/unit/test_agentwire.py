@@ -16,7 +16,7 @@ from ramet.errors import GuestError
 from ramet.model import FileType
 
 NONCE = bytes(range(1, 17))
-HELLO = wire.frame(Kind.SYNC, 0, NONCE + struct.pack("<I", 1) + b"B" * 16 + b"0.1.0")
+HELLO = wire.frame(Kind.SYNC, 0, NONCE + struct.pack("<I", 2) + b"B" * 16 + b"0.1.0")
 SLACK = 1 << 16  # what one read brings
 
 
@@ -45,6 +45,15 @@ def synced() -> Decoder:
         (wire.frame(Kind.CLOSE, 3), "06000000 03000000 00000000"),
         (wire.param(Tag.TIMEOUT, 1500), "0500 0000 08000000 dc05000000000000"),
         (wire.param(Tag.GRACE, 1), "0d00 0000 08000000 0100000000000000"),
+        (wire.open_frames(7, Op.QUIESCE, 0, ()), "02000000 07000000 04000000 0b00 0000"),
+        (wire.open_frames(7, Op.RESUME, 0, ()), "02000000 07000000 04000000 0c00 0000"),
+        (
+            wire.open_frames(1, Op.IDENTIFY, 0, [wire.param(Tag.TIME, 1 << 56), wire.param(Tag.ENTROPY, b"\0\1")]),
+            "02000000 01000000 1e000000 0d00 0000  0e00 0000 08000000 0000000000000001  0f00 0000 02000000 0001",
+        ),
+        (wire.param(Tag.HOSTNAME, "a"), "1000 0000 01000000 61"),
+        (wire.param(Tag.MACHINE_ID, "b"), "1100 0000 01000000 62"),
+        (wire.param(Tag.GENERATION, "c"), "1200 0000 01000000 63"),
         (wire.param(Tag.PROCESS, 258), "0800 0000 04000000 02010000"),
         (wire.param(Tag.ENV, "A=\udcff"), "0200 0000 03000000 413dff"),
     ],
@@ -203,9 +212,10 @@ def test_payloads_are_parsed_or_refused(data: bytes) -> None:
         wire.parse_files,
         wire.parse_processes,
         wire.parse_metrics,
+        wire.parse_hook,
     ):
         with contextlib.suppress(ProtocolError):
-            parse(data)  # type: ignore[operator]
+            parse(data)
 
 
 FIELDS = st.one_of(
@@ -263,6 +273,31 @@ def test_metrics() -> None:
 
 
 def test_another_protocol_version_says_what_to_do() -> None:
-    with pytest.raises(ProtocolError, match="speaks protocol 2, not 1") as caught:
-        wire.parse_sync(NONCE + struct.pack("<I", 2) + b"B" * 16)
+    with pytest.raises(ProtocolError, match="speaks protocol 1, not 2") as caught:
+        wire.parse_sync(NONCE + struct.pack("<I", 1) + b"B" * 16)
     assert "Stop and start" in caught.value.hint
+
+
+def test_a_failed_hook() -> None:
+    assert wire.parse_hook(b"3 ended with status 3: /etc/ramet/fork.d/10-keys\n") == ("10-keys", "ended with status 3", "")
+    said = b"first\nno newline at its end137 was killed by signal 9: /etc/ramet/fork.d/b: c\n"
+    _, what, before = wire.parse_hook(said)
+    assert (what, before.splitlines()[0]) == ("was killed by signal 9", "first")
+    for nonsense in (b"", b"3 ended: /etc/passwd\n", b"ended: /etc/ramet/fork.d/x\n", b"3 ended: /etc/ramet/fork.d/x"):
+        with pytest.raises(ProtocolError, match="which hook"):
+            wire.parse_hook(nonsense)
+
+
+outputs = st.binary(max_size=200)
+
+
+@given(
+    outputs,
+    st.integers(1, 255),
+    st.text(st.characters(codec="ascii", exclude_characters="\0\n/:"), min_size=1, max_size=30).filter(str.isprintable),
+)
+def test_a_failed_hook_is_found_behind_whatever_it_wrote(output: bytes, status: int, name: str) -> None:
+    line = f"{status} ended with status {status}: {wire.HOOKS}/{name}\n".encode()
+    found, what, before = wire.parse_hook(output + line)
+    assert (found, what) == (name, f"ended with status {status}")
+    assert wire.printable(output).startswith(before.rstrip("0123456789"))

@@ -14,9 +14,9 @@ import pytest_asyncio
 from ramet import agentwire as wire
 from ramet.agentwire import WINDOW, EndKind, Kind, Op, ProtocolError
 from ramet.errors import GuestError, GuestNotFoundError, MachineFailedError, OutcomeUnknownError
-from ramet.guest import Guest, Stream
+from ramet.guest import Guest
 from ramet.model import Channel, Command, Ending, Exit, Output, Started
-from tests.unit.fakeagent import DEADLINE, FakeAgent, line, pair
+from tests.unit.fakeagent import DEADLINE, FakeAgent, answered, collect, line, pair
 
 TRUE = Command(argv=("true",))
 CAT = Command(argv=("cat",), stdin=True)
@@ -29,11 +29,6 @@ async def connected(tmp_path: Path) -> AsyncIterator[tuple[Guest, FakeAgent]]:
 
 
 Pair = tuple[Guest, FakeAgent]
-
-
-async def collect(stream: Stream) -> list[object]:
-    async with asyncio.timeout(DEADLINE), contextlib.aclosing(stream.events()) as events:
-        return [event async for event in events]
 
 
 # --- connecting ---
@@ -142,13 +137,6 @@ async def test_an_iteration_that_ends_early_closes_the_stream(connected: Pair) -
     agent.send(Kind.DATA, number, b"still under way", 1)  # ignored
     agent.end(number)
     await answered(guest, agent)
-
-
-async def answered(guest: Guest, agent: FakeAgent) -> None:
-    """The line still works."""
-    pinging = asyncio.ensure_future(guest.ping())
-    agent.end(await agent.expect_open(Op.PING))
-    await pinging
 
 
 # --- credits ---
@@ -389,3 +377,14 @@ async def test_dial(connected: Pair) -> None:
     agent.end(await agent.expect_open(Op.DIAL), EndKind.FAILED, 111, b"connection refused")
     with pytest.raises(GuestError, match="refused"):
         await dialling
+
+
+async def test_another_version_of_the_agent_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    async with line(tmp_path) as (path, arriving):
+        connecting = asyncio.ensure_future(Guest.connect(path, deadline=DEADLINE, resync=False))
+        agent = await arriving
+        hello = await agent.expect(Kind.SYNC)
+        agent.send(Kind.SYNC, 0, hello.payload + struct.pack("<I", 1) + b"B" * 16)
+        with pytest.raises(MachineFailedError, match="speaks protocol 1, not 2") as caught:
+            await connecting
+        assert "Stop and start" in caught.value.hint

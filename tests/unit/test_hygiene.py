@@ -57,6 +57,9 @@ def test_no_paths_of_the_writers_computer(files: dict[str, str]) -> None:
     assert not found(HOME, files)
 
 
+FORKS = {("keeper.py", "os.fork")}  # workers share the keeper's memory: no program is started
+
+
 def test_one_module_starts_programs() -> None:
     offenders = []
     for path in (ROOT / "src").rglob("*.py"):
@@ -65,7 +68,8 @@ def test_one_module_starts_programs() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            started = isinstance(node, ast.Attribute) and STARTERS.search(ast.unparse(node))
+            word = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            started = STARTERS.search(word) and (path.name, word) not in FORKS
             if started or any(name.split(".")[0] in PROGRAMS for name in names):
                 offenders.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
     assert not offenders
@@ -91,6 +95,39 @@ def test_the_protocol_text_has_the_code_s_numbers() -> None:
         assert re.search(rf"^\| {op.value} +\| {op.name} ", text, re.MULTILINE), op
     for tag in agentwire.Tag:
         assert re.search(rf"^\| {tag.value} +\| {tag.name} ", text, re.MULTILINE), tag
+    assert f"protocol, version {agentwire.VERSION}\n" in text
     assert f"at most {agentwire.MAX_PAYLOAD}" in text
     assert f"{len(agentwire.RESYNC):,} zero bytes" in text
     assert f"starts with {agentwire.WINDOW:,} bytes of credit" in text
+
+
+def test_the_agent_s_header_has_the_code_s_numbers() -> None:
+    from ramet import agentwire
+
+    text = (ROOT / "agent" / "wire.h").read_text()
+
+    def numbers(kind: str, prefix: str) -> dict[str, int]:
+        """The members of an enum whose first has a number."""
+        (body,) = re.findall(rf"enum {kind} \{{([^}}]*)\}}", text)
+        names = [word.strip() for word in body.split(",") if word.strip()]
+        first, _, start = names[0].partition(" = ")
+        members = [first, *names[1:]]
+        assert all(" " not in name and name.startswith(prefix) for name in members)
+        return {name.removeprefix(prefix): number for number, name in enumerate(members, int(start or 0)) if not name.endswith("_LAST")}
+
+    for kind, prefix, enum in (
+        ("frame_type", "T_", agentwire.Kind),
+        ("op", "OP_", agentwire.Op),
+        ("tag", "TAG_", agentwire.Tag),
+        ("end_kind", "END_", agentwire.EndKind),
+    ):
+        assert numbers(kind, prefix) == {member.name: member.value for member in enum}
+    for flag in agentwire.OpenFlag:
+        assert f"OPEN_{flag.name} = {flag.value}" in text
+    for line in (
+        f"#define PROTOCOL_VERSION {agentwire.VERSION}",
+        f"FRAME_PAYLOAD_MAX = {agentwire.MAX_PAYLOAD},",
+        f"CREDIT_START = {agentwire.WINDOW},",
+        f"NONCE_SIZE = {agentwire.NONCE},",
+    ):
+        assert line in text
