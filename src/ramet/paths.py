@@ -21,11 +21,15 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
     layers/.new-ID/         being made
     blobs/sha256-HEX        zstd seekable
     mnt/                    the image file system
-    imagefs.lock            flock held by the keeper and its workers: held = mounted
+    imagefs.lock            flock held by the keeper: held = mounted
+    imagefs.starting        flock: one who starts or stops it
     imagefs.pids imagefs.log
     faults.log              what could not be served, and why; one line each
+  snapshots/ID/             published by rename; the layers are in store/
+    state                   QEMU's devices, for those with memory
   machines/ID/
-    disk.qcow2              the machine's own overlay
+    disk.json               which overlay is the machine's own, and what it stands on
+    disk-N.qcow2            overlays: more than one only in the middle of a save
     lock                    flock held by the shim and QEMU: held = alive
     pids exit console.log qemu.log     written by the shim
     qmp.sock agent.sock     bound by us, handed to QEMU
@@ -68,7 +72,10 @@ class MachineDir:
 
     @property
     def disk(self) -> Path:
-        return self.root / "disk.qcow2"
+        return self.root / "disk.json"
+
+    def overlay(self, number: int) -> Path:
+        return self.root / f"disk-{number}.qcow2"
 
     @property
     def lock(self) -> Path:
@@ -237,6 +244,13 @@ class StateDir:
         return self.root / "machines"
 
     @property
+    def snapshots(self) -> Path:
+        return self.root / "snapshots"
+
+    def device_state(self, snapshot_id: str) -> Path:
+        return self.snapshots / snapshot_id / "state"
+
+    @property
     def store(self) -> StoreDir:
         return StoreDir(root=self.root / "store")
 
@@ -249,5 +263,5 @@ class StateDir:
 
     def create(self) -> None:
         """Make the directories, for the owner only: disks and memories hold secrets."""
-        for path in (self.root, self.images, self.machines, self.store.root, self.store.layers, self.store.blobs):
+        for path in (self.root, self.images, self.machines, self.snapshots, self.store.root, self.store.layers, self.store.blobs):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)

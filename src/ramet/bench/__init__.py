@@ -8,14 +8,21 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from ramet.bench import boot, execute, figures
+from ramet.bench import boot, density, execute, figures, fork, hibernate, imagefs
 from ramet.bench.figures import Report
 from ramet.errors import RametError
 
 __all__ = ["BENCHES", "COULD_NOT_RUN", "main"]
 
 COULD_NOT_RUN = 2
-BENCHES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, Report]]] = {"boot": boot.run, "exec": execute.run}
+BENCHES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, Report]]] = {
+    "boot": boot.run,
+    "exec": execute.run,
+    "fork": fork.run,
+    "hibernate": hibernate.run,
+    "density": density.run,
+    "imagefs": imagefs.run,
+}
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,13 +31,24 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Measure, and compare with what is promised. Exit status: 0 all goals hold, 1 one does not, 2 it could not be measured.",
     )
     benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="the figures as a JSON list; what they were measured on goes to stderr")
+    plain = argparse.ArgumentParser(add_help=False)
+    plain.add_argument("--json", action="store_true", help="the figures as a JSON list; what they were measured on goes to stderr")
+    common = argparse.ArgumentParser(add_help=False, parents=[plain])
     common.add_argument("--image", default="debian:bookworm", help="what the measured machine boots (default: %(default)s)")
     boot.options(
         benches.add_parser("boot", parents=[common], help="the first command answered after a cold boot, against the least possible")
     )
     execute.options(benches.add_parser("exec", parents=[common], help="commands and file copies in a running machine"))
+    fork.options(
+        benches.add_parser("fork", parents=[common], help="forks: the parent's pause, the child's first command, a pool, depth, leaks")
+    )
+    hibernate.options(benches.add_parser("hibernate", parents=[common], help="a machine saved to the disk, and back, against a fork"))
+    density.options(
+        benches.add_parser("density", parents=[common], help="the memory of forks, against that of machines booted each on its own")
+    )
+    imagefs.options(
+        benches.add_parser("imagefs", parents=[plain], help="a memory read through the image file system, against a copy from tmpfs")
+    )
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,209 @@
+"""A layer with all that it stands on, read as one raw image: each page from the layer that owns it, however long the chain is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+from ramet.errors import HostError, LayerError
+from ramet.paths import LayerDir, StoreDir
+from ramet.store import blob, index, layer
+from ramet.store.layer import PAGE, Layer
+from ramet.store.runs import Owners, Runs
+from ramet.store.source import Parts, Sealed, Source, Spool, zeros
+
+_RELOADS = 40  # each layer of a chain is sealed once: more often a spool is not missed by bad luck
+_HOPS = 1 << 16  # layers that a page may be moved through: more than a chain can have
+Locate = Callable[[str], tuple[Layer, LayerDir]]
+
+
+def published(store: StoreDir) -> Locate:
+    """Finds layers where they are published."""
+    return lambda layer_id: (layer.published(store, layer_id), store.layer(layer_id))
+
+
+class Chain:
+    """Not for several threads at once. Blobs stay open until `close`; other chains of the process share them."""
+
+    def __init__(self, store: StoreDir, head: Layer, locate: Locate) -> None:
+        self.size = head.size
+        self._store = store
+        self._head = head
+        self._locate = locate
+        self._base = str(store.state / head.base) if head.base else ""
+        self._owners = Owners.nobody(head.pages)
+        self._names: list[str] = []  # owner i is the layer self._names[i-1]
+        self._layers: dict[str, tuple[Layer, LayerDir]] = {}
+        self._sources: dict[int, Source] = {}
+
+    @classmethod
+    def open(cls, store: StoreDir, layer_id: str, locate: Locate | None = None) -> Chain:
+        """A published layer. LayerError when it, or one that it needs, is missing or damaged.
+
+        locate: where layers are found, when some are not published yet.
+        """
+        locate = locate or published(store)
+        chain = cls(store, locate(layer_id)[0], locate)
+        chain._load()
+        return chain
+
+    @classmethod
+    def bottom(cls, store: StoreDir, head: Layer) -> Chain:
+        """What lies below the first layer of a chain: its base image, or zeros."""
+        return cls(store, head, published(store))
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. Reading opens them again."""
+        for source in self._sources.values():
+            source.release()
+            if isinstance(source, Sealed):
+                source.close()
+        self._sources = {}  # they refer to us
+        if self._base:
+            blob.files.forget(self._base)
+
+    def read(self, offset: int, length: int) -> Parts:
+        """The bytes from `offset`: pieces whose lengths add up to min(length, size - offset).
+
+        LayerError when one of them is damaged or missing, HostError when the disk fails: no part of what was asked for is returned then.
+        """
+        if offset < 0 or offset >= self.size or length <= 0:
+            return []
+        stop = min(offset + length, self.size)
+        first, end = offset // PAGE, (stop + PAGE - 1) // PAGE
+        out = self._pages(first, end)
+        if front := offset - first * PAGE:
+            _drop_front(out, front)
+        if back := end * PAGE - stop:
+            _drop_back(out, back)
+        return out
+
+    def owners(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
+        """Which layer the pages first … end-1 come from: first page, the page after the last, and its id, or an empty one for what lies below the chain."""
+        for start, stop, owner in self._owners.segments(first, end):
+            yield start, stop, self._names[owner - 1] if owner else ""
+
+    def _pages(self, first: int, end: int) -> Parts:
+        missing = ""
+        for _ in range(_RELOADS):
+            out: Parts = []
+            used: dict[int, Source] = {}
+            try:
+                for start, stop, owner in self._owners.segments(first, end):
+                    if not owner:
+                        self._below(start, stop, out)
+                    else:
+                        source = used[owner] = self._source(owner)
+                        source.read(start, stop, out)
+                return out
+            except FileNotFoundError as error:
+                missing = str(error.filename)
+                self._load()  # the spool is gone: the layer was sealed meanwhile
+            finally:
+                for source in used.values():
+                    source.release()
+        raise LayerError(f"layer {self._head.id} cannot be read: {missing} is missing")
+
+    def _load(self) -> None:
+        """Read the records, and resolve the pages that sealed layers only point on to."""
+        head, files = self._locate(self._head.id)
+        self._head = head
+        self._layers = {head.id: (head, files)}
+        self._sources = {}
+        self._names = list(head.chain)
+        self._owners = read_owners(files, head)
+        for _ in range(_HOPS):
+            before = self._owners
+            for at in range(len(self._names), 0, -1):  # from the newest down: pages move to older layers
+                self._redirect(at)
+            if self._owners == before:
+                return
+        raise LayerError(f"layer {head.id}: its pages are moved from layer to layer without an end")
+
+    def _redirect(self, ordinal: int) -> None:
+        record, files = self._layer(self._names[ordinal - 1])
+        if not record.beneath or ordinal not in self._owners.owner:
+            return
+        self._names += [name for name in record.beneath if name not in self._names]
+        number = [self._names.index(name) + 1 for name in record.beneath]
+        moves = [(first, end, number[to]) for first, end, to in index.of_layer(files, record).moved()]
+        self._owners = self._owners.redirect(ordinal, moves)
+
+    def _layer(self, name: str) -> tuple[Layer, LayerDir]:
+        if name not in self._layers:
+            found = self._layers[name] = self._locate(name)
+            if found[0].size != self.size or found[0].base != self._head.base:
+                raise LayerError(f"layer {self._head.id} cannot stand on layer {name}: they are not of one size, or not of one base")
+        return self._layers[name]
+
+    def _source(self, owner: int) -> Source:
+        source = self._sources.get(owner)
+        if source is None:
+            source = self._sources[owner] = open_source(self._store, *self._layer(self._names[owner - 1]), self._below)
+        return source
+
+    def _below(self, first: int, end: int, out: Parts) -> None:
+        length = (end - first) * PAGE
+        if not self._base:
+            zeros(length, out)
+            return
+        try:
+            data = blob.files.read(self._base, length, first * PAGE)
+        except FileNotFoundError as error:
+            raise LayerError(f"layer {self._head.id}: its base image {self._head.base} is missing") from error
+        except OSError as error:
+            raise HostError(f"cannot read {self._base}: {error.strerror}", details={"path": self._base, "errno": error.errno}) from error
+        if data:
+            out.append(data)
+        if len(data) < length:
+            zeros(length - len(data), out)
+
+
+def open_source(store: StoreDir, record: Layer, files: LayerDir, below: Callable[[int, int, Parts], None]) -> Source:
+    """A layer's own pages, as they are kept now. FileNotFoundError when it was sealed since `record` was read."""
+    if record.sealed:
+        return Sealed(store, record, index.of_layer(files, record), below)
+    return Spool(spool_runs(files, record), files.spool, f"the spool of layer {record.id}", length=record.spool_bytes)
+
+
+def spool_runs(files: LayerDir, record: Layer) -> Runs:
+    """The runs of a layer that is not sealed. FileNotFoundError when they are gone, LayerError when they are damaged."""
+    what = f"the table of runs of layer {record.id}"
+    try:
+        return Runs.load(files.runs.read_bytes(), what)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise HostError(f"cannot read {what}: {error.strerror}", details={"path": str(files.runs), "errno": error.errno}) from error
+
+
+def read_owners(files: LayerDir, record: Layer) -> Owners:
+    """A layer's table of owners. LayerError when it is missing or damaged."""
+    what = f"the table of owners of layer {record.id}"
+    try:
+        data = files.owners.read_bytes()
+    except FileNotFoundError as error:
+        raise LayerError(f"{what} is missing") from error
+    except OSError as error:
+        raise HostError(f"cannot read {what}: {error.strerror}", details={"path": str(files.owners), "errno": error.errno}) from error
+    return Owners.load(data, what, pages=record.pages, layers=len(record.chain))
+
+
+def _drop_front(out: Parts, length: int) -> None:
+    while length >= len(out[0]):
+        length -= len(out.pop(0))
+    if length:
+        out[0] = memoryview(out[0])[length:]
+
+
+def _drop_back(out: Parts, length: int) -> None:
+    while length >= len(out[-1]):
+        length -= len(out.pop())
+    if length:
+        out[-1] = memoryview(out[-1])[:-length]

@@ -1,0 +1,75 @@
+"""What the store does to files: whole writes, atomic replacement, and the errors of a full or failing disk.
+
+Like all that `chain` imports it pulls in no asyncio: the image file system's processes must stay small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ramet.errors import HostError, NoSpaceError
+
+STAGED = ".new-"  # how the name of what is not whole yet begins
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def guard(doing: str, path: Path) -> Iterator[None]:
+    """Turn an OSError of the body into NoSpaceError or HostError. doing: `write`, `read`: what failed, for the sentence."""
+    try:
+        yield
+    except OSError as error:
+        details = {"path": str(path), "errno": error.errno}
+        if error.errno in _FULL:
+            hint = "Free some space (`df -h`) and try again."
+            raise NoSpaceError(f"no space left to {doing} {path}: {error.strerror}", hint=hint, details=details) from error
+        raise HostError(f"cannot {doing} {path}: {error.strerror}", details=details) from error
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
+    """Write every byte; a short write is followed by the error that caused it."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def replace(path: Path, data: bytes, *, durable: bool) -> None:
+    """Make the file's content `data`, all of it or not at all. durable: on the disk, and its name too, when this returns."""
+    staged = path.with_name(STAGED + path.name)
+    with guard("write", path):
+        try:
+            fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                write_all(fd, data)
+                if durable:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            staged.replace(path)
+        except OSError:
+            staged.unlink(missing_ok=True)
+            raise
+    if durable:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a directory."""
+    with guard("write", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def allocated(path: Path) -> int:
+    """Bytes that a file takes on the disk; 0 when there is none."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,231 @@
+"""The two ways in which a layer's own pages are kept, read alike: a spool as it was saved, or sealed in blobs."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from ramet.errors import HostError, LayerError
+from ramet.paths import StoreDir
+from ramet.store import blob
+from ramet.store.index import MARK, Index, content_length
+from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
+from ramet.store.runs import ZERO, Runs, find
+
+Parts = list[bytes | memoryview]
+Below = Callable[[int, int, Parts], None]  # appends the pages first … end-1 of what lies below the chain
+
+_ZEROS = bytes(1 << 20)
+_ZERO_VIEW = memoryview(_ZEROS)
+_DATA, _ZERO, _NEITHER = range(3)
+_SPAN = 4 << 20  # bytes of neighbouring frames that are read at once
+
+
+def zeros(length: int, out: Parts) -> None:
+    """Append so many zero bytes, all from one buffer."""
+    while length > len(_ZEROS):
+        out.append(_ZERO_VIEW)
+        length -= len(_ZEROS)
+    out.append(_ZERO_VIEW[:length])
+
+
+def is_hole(part: bytes | memoryview) -> bool:
+    """Whether it came from `zeros`."""
+    return isinstance(part, memoryview) and part.obj is _ZEROS
+
+
+class Source(Protocol):
+    """A layer's own pages."""
+
+    def read(self, first: int, end: int, out: Parts) -> None:
+        """Append the pages first … end-1. LayerError when one is damaged or missing."""
+
+    def release(self) -> None:
+        """Close what is not worth keeping open between reads."""
+
+
+class Spool:
+    """Pages in an open file, at the places that the runs tell.
+
+    length: of the file when it was published: what is missing before it is damage, what is missing behind it reads as zeros (a qcow2 file need not be
+    extended to the end of its last cluster).
+    """
+
+    def __init__(self, runs: Runs, path: Path, what: str, *, length: int, fd: int = -1) -> None:
+        self.runs = runs
+        self._path = path
+        self._what = what
+        self._length = length
+        self._fd = fd
+        self._lent = fd >= 0
+
+    def read(self, first: int, end: int, out: Parts) -> None:
+        """Also FileNotFoundError, when it is gone since the layer was sealed."""
+        runs = self.runs
+        at = find(runs, first)
+        while first < end:
+            if at >= len(runs) or first < runs.first[at]:
+                raise LayerError(f"{self._what} does not have page {first}, though it should")
+            start, where = runs.first[at], runs.where[at]
+            stop = min(end, start + runs.count[at])
+            if where == ZERO:
+                zeros((stop - first) * PAGE, out)
+            else:
+                out.append(self.pages(where + first - start, stop - first))
+            first = stop
+            at += 1
+
+    def pages(self, where: int, count: int) -> bytes:
+        """So many pages of the file, from its page `where`."""
+        length, offset = count * PAGE, where * PAGE
+        try:
+            if self._fd < 0:
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            data = os.pread(self._fd, length, offset)
+            while len(data) < length and (more := os.pread(self._fd, length - len(data), offset + len(data))):
+                data += more
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise HostError(
+                f"cannot read {self._what}: {error.strerror}", details={"path": str(self._path), "errno": error.errno}
+            ) from error
+        if len(data) < length:
+            if offset + len(data) < self._length:
+                raise LayerError(f"{self._what} is truncated: it has {offset + len(data)} bytes of {self._length}")
+            data += bytes(length - len(data))
+        return data
+
+    def release(self) -> None:
+        # Not kept open: a spool goes away when its layer is sealed, and nobody would tell us to give its space back.
+        if self._fd >= 0 and not self._lent:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Sealed:
+    """Pages in the frames of blobs."""
+
+    def __init__(self, store: StoreDir, layer: Layer, index: Index, below: Below) -> None:
+        self._index = index
+        self._what = f"layer {layer.id}"
+        self._paths = [str(store.blob(digest)) for digest in layer.blobs]
+        self._below = below
+
+    def read(self, first: int, end: int, out: Parts) -> None:
+        index = self._index
+        row, last = index.rows(first, end)
+        spans = self._spans(row, last)
+        while first < end:
+            chunk = first // CHUNK_PAGES
+            start = chunk * CHUNK_PAGES
+            stop = min(end, start + CHUNK_PAGES)
+            if row < last and index.chunk[row] == chunk:
+                self._chunk(row, first - start, stop - start, spans.get(row), out)
+                row += 1
+            else:
+                stop = min(end, index.chunk[row] * CHUNK_PAGES) if row < last else end
+                self._below(first, stop, out)
+            first = stop
+
+    def release(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Close the blobs; they are opened again when they are wanted again."""
+        for path in self._paths:
+            blob.files.forget(path)
+
+    def frame(self, row: int, compressed: memoryview | None = None) -> bytes:
+        """The verified content of a chunk's frame. compressed: its bytes, where they were read already."""
+        index = self._index
+        what = f"{self._what}, chunk {index.chunk[row]}"
+        if index.blob[row] >= len(self._paths):
+            raise LayerError(f"{what}: the index names a blob that the record does not")
+        path = self._paths[index.blob[row]]
+        if compressed is None:
+            compressed = memoryview(blob.read(path, index.offset[row], index.length[row], what))
+        if hashlib.sha256(compressed).digest()[:MARK] != index.marks[row * MARK : row * MARK + MARK]:
+            raise LayerError(f"{what}: blob {Path(path).name} is damaged at {index.offset[row]}: the frame does not match its digest")
+        try:
+            return blob.decompress(compressed, content_length(index.data[row]))
+        except ValueError as error:
+            raise LayerError(f"{what}: blob {Path(path).name}: the frame at {index.offset[row]} is not understood: {error}") from error
+
+    def _spans(self, row: int, last: int) -> dict[int, memoryview]:
+        """The compressed frames of several rows, read with as few calls as they lie together."""
+        index = self._index
+        found: dict[int, memoryview] = {}
+        if last - row < 2:
+            return found
+        while row < last:
+            if not index.length[row] or index.blob[row] >= len(self._paths):
+                row += 1
+                continue
+            which, begin = index.blob[row], index.offset[row]
+            end = begin
+            rows = []
+            while row < last and end - begin < _SPAN and (not index.length[row] or (index.blob[row] == which and index.offset[row] == end)):
+                if index.length[row]:
+                    rows.append(row)
+                end += index.length[row]
+                row += 1
+            try:
+                view = memoryview(blob.read(self._paths[which], begin, end - begin, self._what))
+            except LayerError:
+                continue  # each is read by itself then, and the one that fails is named
+            for each in rows:
+                at = index.offset[each] - begin
+                found[each] = view[at : at + index.length[each]]
+        return found
+
+    def _chunk(self, row: int, first: int, end: int, compressed: memoryview | None, out: Parts) -> None:
+        """Append the pages first … end-1, counted from the chunk's first."""
+        index = self._index
+        data = index.data[row]
+        if data == 0xFFFF and end - first == CHUNK_PAGES:
+            out.append(self.frame(row, compressed))
+            return
+        content: memoryview | None = None
+        for start, stop, kind, offset in layout(data, index.zero[row]):
+            low, high = max(start, first), min(stop, end)
+            if low >= high:
+                continue
+            if kind == _DATA:
+                if content is None:
+                    content = memoryview(self._cached(row, compressed))
+                at = offset + (low - start) * PAGE
+                out.append(content[at : at + (high - low) * PAGE])
+            elif kind == _ZERO:
+                zeros((high - low) * PAGE, out)
+            else:
+                begin = index.chunk[row] * CHUNK_PAGES
+                self._below(begin + low, begin + high, out)
+
+    def _cached(self, row: int, compressed: memoryview | None) -> bytes:
+        mark = self._index.mark(row)
+        length = content_length(self._index.data[row])
+        found = blob.frames.get(mark)
+        if found is None or len(found) != length:
+            found = self.frame(row, compressed)
+            blob.frames.put(mark, found)
+        return found
+
+
+@functools.lru_cache(maxsize=1024)
+def layout(data: int, zero: int) -> tuple[tuple[int, int, int, int], ...]:
+    """A chunk's masks as stretches of pages of one kind: first page, the page after the last, the kind, and for data the offset in the frame."""
+    found: list[tuple[int, int, int, int]] = []
+    offset = 0
+    for page in range(CHUNK_PAGES):
+        kind = _DATA if data >> page & 1 else _ZERO if zero >> page & 1 else _NEITHER
+        if found and found[-1][2] == kind:
+            found[-1] = (found[-1][0], page + 1, kind, found[-1][3])
+        else:
+            found.append((page, page + 1, kind, offset))
+        offset += PAGE if kind == _DATA else 0
+    return tuple(found)

@@ -1,0 +1,106 @@
+"""Every part of a layer held against what it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ramet.errors import RametError
+from ramet.paths import LayerDir, StoreDir
+from ramet.store import blob, index, layer
+from ramet.store.chain import Chain, read_owners, spool_runs
+from ramet.store.layer import PAGE, Layer
+from ramet.store.runs import ZERO
+from ramet.store.source import Parts, Sealed, Spool
+
+_BLOCK = 256  # pages
+
+
+def problems(store: StoreDir, layer_id: str) -> list[str]:
+    """What is wrong with a layer or with what it stands on: one sentence each, which names the layer, and the chunk and the blob where it is about those."""
+    found: list[str] = []
+    records: dict[str, Layer] = {}
+    waiting = [layer_id]
+    while waiting:
+        name = waiting.pop()
+        if name in records:
+            continue
+        try:
+            records[name] = record = layer.published(store, name)
+        except RametError as error:
+            found.append(error.message)
+            continue
+        waiting += [*record.chain, *record.beneath] if name == layer_id else record.beneath
+    for name in sorted(records, key=lambda each: records[each].created_at):
+        found += _own(store, records[name])
+    digests = {digest for record in records.values() for digest in record.blobs}
+    for digest in sorted(digests):
+        found += _blob(store, digest, [name for name in records if digest in records[name].blobs])
+    if layer_id in records and not found:
+        found += _reads(store, layer_id)
+    return found
+
+
+def _own(store: StoreDir, record: Layer) -> Iterator[str]:
+    files = store.layer(record.id)
+    try:
+        read_owners(files, record)
+    except RametError as error:
+        yield error.message
+    try:
+        yield from _sealed(store, record, files) if record.sealed else _spool(record, files)
+    except FileNotFoundError as error:
+        yield f"layer {record.id}: {error.filename} is missing"
+    except RametError as error:
+        yield error.message
+
+
+def _sealed(store: StoreDir, record: Layer, files: LayerDir) -> Iterator[str]:
+    rows = index.read(files, record)
+    yield from (f"the index of layer {record.id}: {problem}" for problem in rows.problems(record))
+    source = Sealed(store, record, rows, _nothing)
+    try:
+        for row in range(len(rows)):
+            if rows.data[row]:
+                try:
+                    source.frame(row)
+                except RametError as error:
+                    yield error.message
+    finally:
+        source.close()
+
+
+def _spool(record: Layer, files: LayerDir) -> list[str]:
+    """Raises what is wrong; nothing else can be told of a spool."""
+    runs = spool_runs(files, record)
+    source = Spool(runs, files.spool, f"the spool of layer {record.id}", length=record.spool_bytes)
+    try:
+        for _, count, where in runs:
+            for start in range(0, 0 if where == ZERO else count, _BLOCK):
+                source.pages(where + start, min(_BLOCK, count - start))
+        return []
+    finally:
+        source.release()
+
+
+def _blob(store: StoreDir, digest: str, users: list[str]) -> Iterator[str]:
+    path = store.blob(digest)
+    what = f"blob {path.name}, of layer {', '.join(sorted(users))},"
+    try:
+        if blob.digest(path) != digest:
+            yield f"{what} is damaged: its content does not match its name"
+    except RametError as error:
+        yield f"{what} is missing" if not path.exists() else error.message
+
+
+def _reads(store: StoreDir, layer_id: str) -> Iterator[str]:
+    """What only a read finds: tables that are whole, but do not fit together."""
+    try:
+        with Chain.open(store, layer_id) as chain:
+            for offset in range(0, chain.size, _BLOCK * PAGE):
+                chain.read(offset, _BLOCK * PAGE)
+    except RametError as error:
+        yield error.message
+
+
+def _nothing(first: int, end: int, out: Parts) -> None:
+    pass
