@@ -10,12 +10,26 @@ import asyncio
 import builtins
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from ramet.client import Client
-from ramet.errors import GuestError
+from ramet.errors import GuestError, from_wire
 from ramet.filesystem import AsyncFiles
-from ramet.model import Command, Machine, Port, Process, Result, Size, Spec, State
+from ramet.model import (
+    Command,
+    ForkOutcome,
+    HostInfo,
+    LayerInfo,
+    Machine,
+    Port,
+    Process,
+    Result,
+    Size,
+    Snapshot,
+    Spec,
+    State,
+    TreeNode,
+)
 from ramet.streams import AsyncProcess, AsyncTerminal, Listener
 from ramet.verbs import Verbs
 
@@ -53,8 +67,59 @@ def argv(command: str | Sequence[str]) -> tuple[str, ...]:
     return ("sh", "-c", command) if isinstance(command, str) else tuple(command)
 
 
+class AsyncHost:
+    """What is not one machine's: snapshots, templates, layers, and who descends from whom. verbs: instead of this user's daemon."""
+
+    def __init__(self, verbs: Verbs | None = None) -> None:
+        self._given = verbs
+
+    async def _verbs(self) -> Verbs:
+        return self._given or await _verbs()
+
+    async def info(self) -> HostInfo:
+        """Accelerator, kernel, capacity, what cannot be enforced."""
+        return await (await self._verbs()).info()
+
+    async def snapshots(self) -> list[Snapshot]:
+        """All that have a name, oldest first."""
+        return await (await self._verbs()).snapshots()
+
+    async def get_snapshot(self, snapshot: str) -> Snapshot:
+        """One, by name or id. NotFoundError when there is none."""
+        return await (await self._verbs()).get_snapshot(snapshot)
+
+    async def template(self, snapshot: str, label: str = "", *, pool: int = 0) -> Snapshot:
+        """Make a snapshot a template, named `label` (`shop:1.2`). pool: machines to keep restored and parked, for the next that ask."""
+        return await (await self._verbs()).template(snapshot, label=label, pool=pool)
+
+    async def delete_snapshot(self, snapshot: str, *, cascade: bool = False, dry_run: bool = False) -> list[str]:
+        """Remove a snapshot; the names of what goes, in order. DependentsError when others stand on it, unless they go too (cascade)."""
+        return await (await self._verbs()).delete_snapshot(snapshot, cascade=cascade, dry_run=dry_run)
+
+    async def tree(self) -> list[TreeNode]:
+        """Who descends from whom, with what each costs; parents before children."""
+        return await (await self._verbs()).tree()
+
+    async def layers(self) -> list[LayerInfo]:
+        """Oldest first."""
+        return await (await self._verbs()).layers()
+
+    async def get_layer(self, layer: str) -> LayerInfo:
+        """NotFoundError when there is none."""
+        return await (await self._verbs()).get_layer(layer)
+
+    async def verify_layer(self, layer: str) -> list[str]:
+        """Read and check every chunk; what is wrong, a sentence each."""
+        return await (await self._verbs()).verify_layer(layer)
+
+    async def export_layer(self, layer: str) -> AsyncIterator[bytes]:
+        """The layer with all it stands on, as the raw image."""
+        async for part in (await self._verbs()).export_layer(layer):
+            yield part
+
+
 class AsyncMachine:
-    """A machine. Made by `create`, `get` and `list`. `files` are its files."""
+    """A machine. Made by `create`, `create_from`, `get` and `list`. `files` are its files."""
 
     def __init__(self, verbs: Verbs, record: Machine) -> None:
         self._verbs = verbs
@@ -104,6 +169,15 @@ class AsyncMachine:
         return cls(verbs, await verbs.create(spec))
 
     @classmethod
+    async def create_from(cls, snapshot: str, name: str, *, disk_only: bool = False, verbs: Verbs | None = None) -> AsyncMachine:
+        """Make a machine from a snapshot or template; its programs go on where they were, unless disk_only, which boots its disk.
+
+        NotFoundError, ExistsError when the name is taken, IncompatibleError when its memory does not fit this host (its disk does).
+        """
+        verbs = verbs or await _verbs()
+        return cls(verbs, await verbs.create_from(snapshot, name, disk_only=disk_only))
+
+    @classmethod
     async def get(cls, name: str, *, verbs: Verbs | None = None) -> AsyncMachine:
         """The machine of this name or id. NotFoundError when there is none."""
         verbs = verbs or await _verbs()
@@ -149,6 +223,55 @@ class AsyncMachine:
     async def delete(self) -> None:
         """Remove it and its disk, whatever it is doing."""
         await self._verbs.delete(self.name)
+
+    async def pause(self) -> Machine:
+        """Stop its cpus; its memory stays where it is."""
+        self._record = await self._verbs.pause(self.name)
+        return self._record
+
+    async def resume(self) -> Machine:
+        """Let it go on, paused or hibernated, with the right time and fresh randomness."""
+        self._record = await self._verbs.resume(self.name)
+        return self._record
+
+    async def hibernate(self) -> Machine:
+        """Save it to the disk and give its memory back to the host; `resume` goes on from the same instant."""
+        self._record = await self._verbs.hibernate(self.name)
+        return self._record
+
+    async def fork(self, count: int = 1, *, names: Sequence[str] = ()) -> builtins.list[AsyncMachine]:
+        """Make `count` machines that go on from this one's present instant: memory, programs, disk. names: theirs; then count is not looked at.
+
+        When one fails, the error of the first that did is raised; those that live are not touched, and its details (`outcomes`) name them.
+        `fork_outcomes` gives one outcome for each child instead.
+        """
+        outcomes = await self.fork_outcomes(count, names=names)
+        failed = [each for each in outcomes if each.machine is None]
+        if failed:
+            first = from_wire(failed[0].error or {})
+            raise type(first)(
+                f"{len(failed)} of {len(outcomes)} forks of {self.name} failed; {failed[0].name}: {first.message}",
+                hint=first.hint,
+                details=first.details | {"outcomes": outcomes},
+            )
+        return [AsyncMachine(self._verbs, each.machine) for each in outcomes if each.machine]
+
+    async def fork_outcomes(self, count: int = 1, *, names: Sequence[str] = ()) -> builtins.list[ForkOutcome]:
+        """As `fork`; what became of each child: its machine, or why there is none."""
+        return await self._verbs.fork(self.name, count=count, names=tuple(names))
+
+    async def snapshot(self, label: str = "", *, memory: bool = True, test: bool = True) -> Snapshot:
+        """Keep this instant as `NAME@label`. memory: the running programs too. test: start it once before it counts as ready (in the background)."""
+        return await self._verbs.snapshot(self.name, label, memory=memory, test=test)
+
+    async def snapshots(self) -> builtins.list[Snapshot]:
+        """Its own, the automatic ones too; oldest first."""
+        return await self._verbs.snapshots(self.name)
+
+    async def restore(self, snapshot: str = "") -> Machine:
+        """Rewind it in place: it keeps its name and address, what it did since is gone. Without a name: to the last one."""
+        self._record = await self._verbs.restore(self.name, snapshot)
+        return self._record
 
     async def logs(self, *, source: str = "console", lines: int = 200) -> bytes:
         """The tail of the guest's console, or of QEMU's messages (`qemu`)."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import shutil
 from pathlib import Path
 
-from ramet import cgroup, commands, kernels, network, process
+from ramet import cgroup, commands, kernels, network
 from ramet.errors import HostError, MachineFailedError
 from ramet.guest import Guest
 from ramet.host import Boot, Host
@@ -21,27 +22,22 @@ log = logging.getLogger("ramet")
 HOOK_DEADLINE = 3600.0  # seconds for a lifecycle command: package installations are slow
 
 
-async def overlay(base: Path, files: MachineDir, size: int) -> None:
-    """The machine's own disk over its image: made aside, then renamed. The backing path is relative, so that the state directory can move."""
-    made = files.disk.with_suffix(".new")
-    relative = Path("../..") / base.relative_to(files.root.parent.parent)
-    try:
-        options = ["-f", "qcow2", "-b", str(relative), "-F", "raw", "-o", "cluster_size=64k,lazy_refcounts=on"]
-        command = ["qemu-img", "create", "-q", *options, str(made), str(size)]
-        (await process.run(command, deadline=60)).check("making the machine's disk")
-        made.rename(files.disk)
-    finally:
-        made.unlink(missing_ok=True)
+def machine_id(record_id: str) -> str:
+    """What the guest's /etc/machine-id says: the same at every boot of a machine, another in every fork."""
+    return hashlib.sha256(f"ramet machine {record_id}".encode()).hexdigest()[:32]
 
 
-def config(wanted: Spec, boot: Boot, files: MachineDir, net: network.Network) -> argv.Config:
-    """What QEMU and the guest's kernel are told."""
+def config(
+    wanted: Spec, boot: Boot, net: network.Network, *, disk: argv.Disk | None = None, machine_id: str = "", memory_file: Path | None = None
+) -> argv.Config:
+    """What QEMU and the guest's kernel are told. machine_id: of the guest, 32 hex digits. memory_file: of a snapshot, then nothing boots."""
     accelerator = boot.probe.accelerator
     words = [
         kernels.cmdline(boot.kernel),
         *argv.kernel_words(accelerator),
         "ramet.root=/dev/vda",
         f"ramet.hostname={wanted.name}",
+        f"ramet.machine_id={machine_id}",
         *network.kernel_words(),
     ]
     if wanted.init is InitMode.IMAGE:
@@ -54,7 +50,8 @@ def config(wanted: Spec, boot: Boot, files: MachineDir, net: network.Network) ->
         kernel=boot.kernel.image,
         initrd=boot.initrd,
         cmdline=" ".join(words),
-        disk=files.disk,
+        disk=disk,
+        memory_file=memory_file,
         network=net,
     )
 

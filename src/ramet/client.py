@@ -13,7 +13,24 @@ from urllib.parse import quote, urlencode, urlsplit
 import httpx2
 
 from ramet.errors import DaemonError, OutcomeUnknownError, RametError, SpecError, from_wire
-from ramet.model import Command, Event, Exit, FileInfo, HostInfo, Machine, Port, Process, ProcessEvent, Result, Size, Spec
+from ramet.model import (
+    Command,
+    Event,
+    Exit,
+    FileInfo,
+    ForkOutcome,
+    HostInfo,
+    LayerInfo,
+    Machine,
+    Port,
+    Process,
+    ProcessEvent,
+    Result,
+    Size,
+    Snapshot,
+    Spec,
+    TreeNode,
+)
 from ramet.paths import StateDir
 from ramet.records import dump, load
 from ramet.rest import BYTES, HEARTBEAT, HEARTBEAT_EVERY, STREAM, TAR, Decoder, Kind, RunReply, RunRequest, decode, to_json
@@ -159,7 +176,7 @@ class Client:
                 f"the outcome of {what} is unknown: the daemon ended the stream", hint="`ramet ps` tells what still runs."
             )
 
-    async def _bytes(self, path: str, what: str, query: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _bytes(self, path: str, what: str, query: dict[str, Any] | None = None) -> AsyncIterator[bytes]:
         async with contextlib.aclosing(self._frames("GET", path, what, effect=False, query=query)) as frames:
             async for _, payload in frames:
                 yield payload
@@ -210,6 +227,63 @@ class Client:
                         raise from_wire(value["error"])
                     if value.get("kind") != HEARTBEAT:
                         yield load(Event, value)
+
+    # instants: forks, snapshots, layers
+
+    async def fork(self, name: str, *, count: int = 1, names: tuple[str, ...] = ()) -> builtins.list[ForkOutcome]:
+        wanted = to_json({"count": count, "names": names})
+        return load(list[ForkOutcome], await self._json("POST", _machine(name, "fork"), f"the fork of {name}", content=wanted))
+
+    async def pause(self, name: str) -> Machine:
+        return load(Machine, await self._json("POST", _machine(name, "pause"), f"the pause of {name}"))
+
+    async def resume(self, name: str) -> Machine:
+        return load(Machine, await self._json("POST", _machine(name, "resume"), f"the resumption of {name}"))
+
+    async def hibernate(self, name: str) -> Machine:
+        return load(Machine, await self._json("POST", _machine(name, "hibernate"), f"the hibernation of {name}"))
+
+    async def snapshot(self, name: str, label: str = "", *, memory: bool = True, test: bool = True) -> Snapshot:
+        wanted = to_json({"label": label, "memory": memory, "test": test})
+        return load(Snapshot, await self._json("POST", _machine(name, "snapshots"), f"the snapshot of {name}", content=wanted))
+
+    async def snapshots(self, name: str = "") -> builtins.list[Snapshot]:
+        query = {"machine": name}
+        return load(list[Snapshot], await self._json("GET", "/v1/snapshots", "the list of snapshots", query=query, timeout=_SHORT))
+
+    async def get_snapshot(self, snapshot: str) -> Snapshot:
+        return load(Snapshot, await self._json("GET", _snapshot(snapshot), snapshot, timeout=_SHORT))
+
+    async def restore(self, name: str, snapshot: str = "") -> Machine:
+        wanted = to_json({"snapshot": snapshot})
+        return load(Machine, await self._json("POST", _machine(name, "restore"), f"the rewinding of {name}", content=wanted))
+
+    async def create_from(self, snapshot: str, name: str, *, disk_only: bool = False) -> Machine:
+        wanted = to_json({"name": name, "disk_only": disk_only})
+        return load(Machine, await self._json("POST", _snapshot(snapshot, "machines"), f"the creation of {name}", content=wanted))
+
+    async def template(self, snapshot: str, *, label: str = "", pool: int = 0) -> Snapshot:
+        wanted = to_json({"label": label, "pool": pool})
+        return load(Snapshot, await self._json("POST", _snapshot(snapshot, "template"), f"naming {snapshot}", content=wanted))
+
+    async def delete_snapshot(self, snapshot: str, *, cascade: bool = False, dry_run: bool = False) -> builtins.list[str]:
+        query = {"cascade": cascade, "dry_run": dry_run}
+        return load(list[str], await self._json("DELETE", _snapshot(snapshot), f"the deletion of {snapshot}", query=query))
+
+    async def tree(self) -> builtins.list[TreeNode]:
+        return load(list[TreeNode], await self._json("GET", "/v1/tree", "the tree", timeout=_SHORT))
+
+    async def layers(self) -> builtins.list[LayerInfo]:
+        return load(list[LayerInfo], await self._json("GET", "/v1/layers", "the list of layers", timeout=_SHORT))
+
+    async def get_layer(self, layer: str) -> LayerInfo:
+        return load(LayerInfo, await self._json("GET", _layer(layer), layer, timeout=_SHORT))
+
+    async def verify_layer(self, layer: str) -> builtins.list[str]:
+        return load(list[str], await self._json("GET", _layer(layer, "verify"), f"the check of {layer}"))
+
+    def export_layer(self, layer: str) -> AsyncIterator[bytes]:
+        return self._bytes(_layer(layer, "export"), f"the export of {layer}")
 
     # processes
 
@@ -296,6 +370,19 @@ def _machine(name: str, *more: str | int) -> str:
     if not name or "/" in name or name in (".", ".."):
         raise SpecError(f"{name!r} is not a machine's name", hint="`ramet list` shows the names.")
     return "/".join(["/v1/machines", quote(name, safe=""), *map(str, more)])
+
+
+def _snapshot(name: str, *more: str) -> str:
+    """The slashes of a name are sent encoded: as they are, a path of dots could be resolved on its way."""
+    if not name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise SpecError(f"{name!r} is not a snapshot's name", hint="`ramet snapshots` shows the names.")
+    return "/".join(["/v1/snapshots", quote(name, safe=""), *more])
+
+
+def _layer(layer: str, *more: str) -> str:
+    if not layer or "/" in layer or layer in (".", ".."):
+        raise SpecError(f"{layer!r} is not a layer's id", hint="`ramet layer ls` shows the ids.")
+    return "/".join(["/v1/layers", quote(layer, safe=""), *more])
 
 
 def _files(name: str, *more: str) -> str:

@@ -19,10 +19,11 @@ from pydantic import TypeAdapter
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from ramet.errors import ExistsError, HostError, NoSpaceError
-from ramet.model import Accelerator, Spec, State
+from ramet.model import Accelerator, Snapshot, Spec, State
+from ramet.records import dump
 
 T = TypeVar("T")
-_SPEC = TypeAdapter(Spec)
+R = TypeVar("R", "Record", Snapshot)
 _METADATA = sa.MetaData()
 MACHINES = sa.Table(
     "machines",
@@ -39,12 +40,42 @@ MACHINES = sa.Table(
     sa.Column("initialised", sa.Boolean, nullable=False),
     sa.Column("accelerator", sa.String),
     sa.Column("kernel", sa.String, nullable=False),
+    sa.Column("source_id", sa.String, nullable=False),
+    sa.Column("snapshot_id", sa.String, nullable=False),
+    sa.Column("memory_layer", sa.String, nullable=False),
+    sa.Column("pool", sa.String, nullable=False),
+)
+SNAPSHOTS = sa.Table(
+    "snapshots",
+    _METADATA,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("machine", sa.String, nullable=False),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("memory", sa.Boolean, nullable=False),
+    sa.Column("spec", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("parent", sa.String, nullable=False),
+    sa.Column("image_digest", sa.String, nullable=False),
+    sa.Column("disk_layer", sa.String, nullable=False),
+    sa.Column("memory_layer", sa.String, nullable=False),
+    sa.Column("template", sa.Boolean, nullable=False),
+    sa.Column("pool", sa.Integer, nullable=False),
+    sa.Column("pause", sa.Float),
+    sa.Column("compatibility", sa.Text),
+    sa.Index("snapshots_name", "name", unique=True, sqlite_where=sa.text("name != ''")),  # the automatic ones have none
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A machine as the database knows it. initialised: its lifecycle's create command has run; boot_time: seconds."""
+    """A machine as the database knows it.
+
+    initialised: its lifecycle's create command has run; boot_time: seconds. source_id: the snapshot that it was made from, or empty.
+    snapshot_id: the one that it last came from or was saved as. memory_layer: what its running memory maps, or empty. pool: id of the
+    snapshot that it is parked for, until it is claimed.
+    """
 
     id: str
     name: str
@@ -58,20 +89,28 @@ class Record:
     initialised: bool = False
     accelerator: Accelerator | None = None
     kernel: str = ""
+    source_id: str = ""
+    snapshot_id: str = ""
+    memory_layer: str = ""
+    pool: str = ""
 
 
-def _to_row(record: Record) -> dict[str, Any]:
-    row = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return row | {"spec": _SPEC.dump_json(record.spec).decode()}
+_MACHINE: TypeAdapter[Record] = TypeAdapter(Record)
+_SNAPSHOT: TypeAdapter[Snapshot] = TypeAdapter(Snapshot)
 
 
-def _from_row(row: sa.RowMapping) -> Record:
+def _to_row(table: sa.Table, record: Any) -> dict[str, Any]:
+    """A record's columns; records inside it as JSON."""
+    values = {column.name: getattr(record, column.name) for column in table.columns}
+    return {name: json.dumps(dump(value)) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+
+
+def _from_row(adapter: TypeAdapter[R], row: sa.RowMapping) -> R:
     values = dict(row)
-    accelerator = values.pop("accelerator")
-    return Record(
-        **values | {"spec": _SPEC.validate_python(json.loads(values["spec"]), strict=False), "state": State(values["state"])},
-        accelerator=Accelerator(accelerator) if accelerator else None,
-    )
+    for name in ("spec", "compatibility"):
+        if isinstance(values.get(name), str):
+            values[name] = json.loads(values[name])
+    return adapter.validate_python(values, strict=False)
 
 
 def _migrate(url: str) -> None:
@@ -113,7 +152,9 @@ class Database:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._worker, work)
         except IntegrityError as error:
-            raise ExistsError("a machine of that name exists already", hint="`ramet list` shows it.") from error
+            raise ExistsError(
+                "a machine or snapshot of that name exists already", hint="`ramet list` and `ramet snapshots` show it."
+            ) from error
         except DatabaseError as error:
             if "full" in str(error.orig):
                 raise NoSpaceError(
@@ -121,28 +162,51 @@ class Database:
                 ) from error
             raise HostError(f"the database cannot be used: {error.orig}") from error
 
-    async def _write(self, statement: sa.Executable) -> None:
+    async def _write(self, *statements: sa.Executable) -> None:
+        """All of them, or none."""
+
         def work() -> None:
             with self._engine.begin() as connection:
-                connection.execute(statement)
+                for statement in statements:
+                    connection.execute(statement)
 
         await self._in_worker(work)
 
     async def insert(self, record: Record) -> None:
         """ExistsError when the name is taken."""
-        await self._write(MACHINES.insert().values(_to_row(record)))
+        await self._write(MACHINES.insert().values(_to_row(MACHINES, record)))
 
     async def update(self, record: Record) -> None:
-        await self._write(MACHINES.update().where(MACHINES.c.id == record.id).values(_to_row(record)))
+        await self._write(_update(MACHINES, record))
 
     async def delete(self, machine_id: str) -> None:
         await self._write(MACHINES.delete().where(MACHINES.c.id == machine_id))
 
     async def machines(self) -> list[Record]:
         """All, oldest first."""
+        return await self._all(_MACHINE, MACHINES)
 
-        def work() -> list[Record]:
+    async def add_snapshot(self, snapshot: Snapshot, machine: Record) -> None:
+        """A new snapshot, together with what it changes of the machine. ExistsError when its name is taken."""
+        await self._write(SNAPSHOTS.insert().values(_to_row(SNAPSHOTS, snapshot)), _update(MACHINES, machine))
+
+    async def update_snapshot(self, snapshot: Snapshot) -> None:
+        await self._write(_update(SNAPSHOTS, snapshot))
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        await self._write(SNAPSHOTS.delete().where(SNAPSHOTS.c.id == snapshot_id))
+
+    async def snapshots(self) -> list[Snapshot]:
+        """All, oldest first."""
+        return await self._all(_SNAPSHOT, SNAPSHOTS)
+
+    async def _all(self, adapter: TypeAdapter[R], table: sa.Table) -> list[R]:
+        def work() -> list[R]:
             with self._engine.connect() as connection:
-                return [_from_row(row) for row in connection.execute(MACHINES.select().order_by(MACHINES.c.created_at)).mappings()]
+                return [_from_row(adapter, row) for row in connection.execute(table.select().order_by(table.c.created_at)).mappings()]
 
         return await self._in_worker(work)
+
+
+def _update(table: sa.Table, record: Any) -> sa.Executable:
+    return table.update().where(table.c.id == record.id).values(_to_row(table, record))

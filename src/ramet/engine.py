@@ -11,20 +11,42 @@ import signal as signals
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 
-from ramet import commands, guestfs, lifecycle
+from ramet import commands, disks, guestfs, images, lifecycle, lineage, recovery
 from ramet import spec as specs
 from ramet.db import Database, Record
-from ramet.errors import BusyError, ExistsError, NotFoundError, SpecError
+from ramet.errors import BusyError, ExistsError, NotFoundError, RametError, SpecError
+from ramet.forks import Forks
 from ramet.guest import Guest, Stream
 from ramet.host import Host
 from ramet.lifecycle import Operation
-from ramet.model import Command, Event, FileInfo, HostInfo, Machine, Port, Process, ProcessEvent, Result, Spec, Started, State
+from ramet.model import (
+    Command,
+    Event,
+    FileInfo,
+    ForkOutcome,
+    HostInfo,
+    LayerInfo,
+    Machine,
+    Port,
+    Process,
+    ProcessEvent,
+    Result,
+    Snapshot,
+    Spec,
+    Started,
+    State,
+    TreeNode,
+    Usage,
+)
 from ramet.operations import Entry, Operations
 from ramet.paths import StateDir
+from ramet.store.chain import Chain
+from ramet.store.layer import Layer
 from ramet.verbs import WRITE_FLAGS
 from ramet.vm import machine as vm
 
 _LOGS = ("console", "qemu")
+_PIECE = 1 << 20  # bytes of a layer that are exported at a time
 
 
 class Engine:
@@ -32,6 +54,7 @@ class Engine:
 
     def __init__(self, operations: Operations) -> None:
         self._ops = operations
+        self._forks = Forks(operations)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -43,8 +66,10 @@ class Engine:
         async with Database.open(state.database) as database:
             operations = Operations(state, database, host)
             try:
-                await operations.reconcile()
-                yield cls(operations)
+                await recovery.reconcile(operations)
+                engine = cls(operations)
+                await engine._forks.recover()
+                yield engine
             finally:
                 await operations.close()
 
@@ -52,7 +77,8 @@ class Engine:
 
     async def info(self) -> HostInfo:
         entries = self._ops.entries.values()
-        return await self._ops.host.info(len(entries), sum(e.record.state is State.RUNNING for e in entries))
+        parked = sum(bool(e.record.pool) for e in entries)
+        return await self._ops.host.info(len(entries) - parked, sum(e.record.state is State.RUNNING for e in entries), parked)
 
     async def create(self, spec: Spec) -> Machine:
         spec = specs.check(spec)
@@ -66,7 +92,7 @@ class Engine:
         return await self._view(entry)
 
     async def list(self) -> builtins.list[Machine]:
-        return [await self._view(entry) for entry in builtins.list(self._ops.entries.values())]
+        return [await self._view(entry) for entry in builtins.list(self._ops.entries.values()) if not entry.record.pool]
 
     async def get(self, name: str) -> Machine:
         return await self._view(self._entry(name))
@@ -85,8 +111,87 @@ class Engine:
         entry = self._entry(name)
         if entry.operation is Operation.DELETE:
             raise BusyError(f"{entry.record.name} is busy: delete")
-        await self._ops.cancel(entry)
-        await self._ops.perform(entry, Operation.DELETE, self._ops.remove)
+        await self._ops.drop(entry)
+        await self._forks.sweep()
+
+    # snapshots
+
+    async def fork(self, name: str, *, count: int = 1, names: tuple[str, ...] = ()) -> builtins.list[ForkOutcome]:
+        entry = self._entry(name)
+        outcomes = await self._forks.fork(entry, names or self._forks.children(entry, count))
+        return [
+            ForkOutcome(name=child, error=made.wire())
+            if isinstance(made, RametError)
+            else ForkOutcome(name=child, machine=await self._view(made))
+            for child, made in outcomes.items()
+        ]
+
+    async def pause(self, name: str) -> Machine:
+        entry = self._entry(name)
+        await self._forks.pause(entry)
+        return await self._view(entry)
+
+    async def resume(self, name: str) -> Machine:
+        entry = self._entry(name)
+        await self._forks.resume(entry)
+        return await self._view(entry)
+
+    async def hibernate(self, name: str) -> Machine:
+        entry = self._entry(name)
+        await self._forks.hibernate(entry)
+        return await self._view(entry)
+
+    async def snapshot(self, name: str, label: str = "", *, memory: bool = True, test: bool = True) -> Snapshot:
+        return await self._saved(await self._forks.snapshot(self._entry(name), label, memory=memory, test=test))
+
+    async def snapshots(self, name: str = "") -> builtins.list[Snapshot]:
+        wanted = self._entry_or_gone(name)
+        found = builtins.list(self._ops.snapshots.values())
+        return [await self._saved(each) for each in found if (each.machine == wanted if wanted else each.name)]
+
+    async def get_snapshot(self, snapshot: str) -> Snapshot:
+        return await self._saved(lineage.find(self._ops.snapshots, snapshot))
+
+    async def restore(self, name: str, snapshot: str = "") -> Machine:
+        entry = self._entry(name)
+        await self._forks.restore(entry, snapshot)
+        return await self._view(entry)
+
+    async def create_from(self, snapshot: str, name: str, *, disk_only: bool = False) -> Machine:
+        found = lineage.find(self._ops.snapshots, snapshot)
+        return await self._view(await self._forks.create_from(found, name, disk_only=disk_only))
+
+    async def template(self, snapshot: str, *, label: str = "", pool: int = 0) -> Snapshot:
+        return await self._saved(await self._forks.template(lineage.find(self._ops.snapshots, snapshot), label, pool))
+
+    async def delete_snapshot(self, snapshot: str, *, cascade: bool = False, dry_run: bool = False) -> builtins.list[str]:
+        return await self._forks.delete(lineage.find(self._ops.snapshots, snapshot), cascade=cascade, dry_run=dry_run)
+
+    async def tree(self) -> builtins.list[TreeNode]:
+        entries = self._ops.entries
+        usage = {entry.record.id: found for entry in entries.values() if (found := await self._usage(entry))}
+        saved = {each.id: await self._saved(each) for each in builtins.list(self._ops.snapshots.values())}
+        names = {image.digest: image.reference for image in await asyncio.to_thread(images.known, self._ops.state)}
+        records = {entry.record.id: entry.record for entry in entries.values()}
+        return lineage.tree(records, saved, usage, names)
+
+    async def layers(self) -> builtins.list[LayerInfo]:
+        found = await asyncio.to_thread(self._ops.store.layers)
+        return [self._layer(each) for each in sorted(found, key=lambda each: each.created_at)]
+
+    async def get_layer(self, layer: str) -> LayerInfo:
+        return self._layer(await asyncio.to_thread(self._ops.store.get, layer))
+
+    async def verify_layer(self, layer: str) -> builtins.list[str]:
+        return await asyncio.to_thread(self._ops.store.verify, layer)
+
+    async def export_layer(self, layer: str) -> AsyncIterator[bytes]:
+        chain = await asyncio.to_thread(Chain.open, self._ops.store.files, layer)
+        try:
+            for offset in range(0, chain.size, _PIECE):
+                yield b"".join(await asyncio.to_thread(chain.read, offset, _PIECE))
+        finally:
+            chain.close()
 
     async def logs(self, name: str, *, source: str = "console", lines: int = 200) -> bytes:
         entry = self._entry(name)
@@ -220,7 +325,7 @@ class Engine:
 
     def _entry(self, name: str) -> Entry:
         for entry in self._ops.entries.values():
-            if name in (entry.record.name, entry.record.id):
+            if name in (entry.record.name, entry.record.id) and not entry.record.pool:
                 return entry
         raise NotFoundError(f"there is no machine {name!r}", hint="`ramet list` shows the machines there are.")
 
@@ -245,18 +350,65 @@ class Engine:
             raise SpecError("a command needs at least a program's name")
         return commands.effective(entry.record.spec, entry.image, command)
 
+    def _entry_or_gone(self, name: str) -> str:
+        """The name of a machine, or of one that is gone and has left snapshots."""
+        if not name or any(each.machine == name for each in self._ops.snapshots.values()):
+            return name
+        return self._entry(name).record.name
+
+    async def _usage(self, entry: Entry) -> Usage | None:
+        if entry.vm and not entry.vm.dead.done():
+            return await asyncio.to_thread(vm.measure, entry.vm.pid, entry.vm.files)
+        return None
+
     async def _view(self, entry: Entry) -> Machine:
         """The machine as users see it, with what it costs now."""
         record = entry.record
-        usage = None
-        if entry.vm and not entry.vm.dead.done():
-            usage = await asyncio.to_thread(vm.measure, entry.vm.pid, entry.vm.files.disk)
-        same = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name != "initialised"}
+        internal = {"initialised", "source_id", "snapshot_id", "memory_layer", "pool"}
+        same = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name not in internal}
+        source, point = (self._ops.snapshots.get(each) for each in (record.source_id, record.snapshot_id))
         return Machine(
             **same,
             pid=entry.vm.pid if entry.vm and not entry.vm.dead.done() else None,
             network=self._ops.host.network.name,
             ports=tuple(forward.port for forward in entry.forwards.values()),
             activity=entry.activity,
-            usage=usage,
+            usage=await self._usage(entry),
+            parent=source.machine if source else "",
+            snapshot=(point.name or point.id) if point else "",
+        )
+
+    async def _saved(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot as users see it."""
+        records = [entry.record for entry in self._ops.entries.values()]
+        stored = 0
+        for layer in filter(None, (snapshot.disk_layer, snapshot.memory_layer)):
+            with contextlib.suppress(RametError):
+                stored += (await asyncio.to_thread(self._ops.store.get, layer)).stored_bytes
+        return dataclasses.replace(
+            snapshot,
+            stored=stored,
+            pooled=sum(each.pool == snapshot.id and each.state is State.PAUSED for each in records),
+            dependents=lineage.dependents(snapshot, records, self._ops.snapshots.values()),
+        )
+
+    def _layer(self, layer: Layer) -> LayerInfo:
+        users = {
+            each.record.name: {each.record.memory_layer, disks.layer_of(self._ops.state.machine(each.record.id))}
+            for each in self._ops.entries.values()
+        }
+        users |= {each.name or each.id: {each.memory_layer, each.disk_layer} for each in self._ops.snapshots.values()}
+        return LayerInfo(
+            id=layer.id,
+            kind=layer.kind,
+            size=layer.size,
+            parent=layer.parent,
+            chain=layer.chain,
+            sealed=layer.sealed,
+            blobs=layer.blobs,
+            data=layer.data_bytes,
+            zero=layer.zero_bytes,
+            stored=layer.stored_bytes,
+            created_at=layer.created_at,
+            used_by=tuple(name for name, used in users.items() if layer.id in used),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,15 @@ class Host:
         self.state = state
         self.network = network.USER
         self.cgroups = cgroup.Support(directories={}, unified=False, reason="not looked at yet")
+        self.cpu = ""
         self._qemu = ""
+        self._boot: Boot | None = None
         self._lock = asyncio.Lock()
 
     async def open(self) -> None:
         """Look once at what does not change while the daemon runs."""
         self.cgroups = await asyncio.to_thread(cgroup.detect)
+        self.cpu = _cpu_model()
 
     async def qemu(self) -> str:
         """QEMU's version line."""
@@ -49,16 +53,26 @@ class Host:
             self._qemu = text.splitlines()[0].removeprefix("QEMU emulator version ")
         return self._qemu
 
-    async def boot(self) -> Boot:
-        """What to boot now, made or fetched where it is missing. HostError says what the host lacks."""
+    async def qemu_version(self) -> str:
+        """QEMU's version without the distribution's: `7.2.22`."""
+        return (await self.qemu()).split()[0]
+
+    async def boot(self, *, fresh: bool = True) -> Boot:
+        """What to boot now, made or fetched where it is missing. HostError says what the host lacks.
+
+        fresh: ask anew, for a better kernel may have been built since. A start from a snapshot boots no kernel, and has no time to ask.
+        """
+        if self._boot and not fresh and self._boot.binaries.shim.exists():
+            return self._boot
         async with self._lock:  # the first two machines of a fresh host must not do it twice
             kernel = await kernels.current()
             built = await binaries.ensure()
             initrd = await asyncio.to_thread(kernels.initramfs, kernel, built.agent)
             found = await probe(self.state.kvm, kernel, await self.qemu())
-            return Boot(kernel=kernel, initrd=initrd, binaries=built, probe=found)
+            self._boot = Boot(kernel=kernel, initrd=initrd, binaries=built, probe=found)
+            return self._boot
 
-    async def info(self, machines: int, running: int) -> HostInfo:
+    async def info(self, machines: int, running: int, parked: int) -> HostInfo:
         """The host for people. Asks, but builds nothing beyond what a start would."""
         boot = await self.boot()
         memory = _meminfo()
@@ -81,6 +95,7 @@ class Host:
             disk_available=shutil.disk_usage(self.state.root).free,
             machines=machines,
             running=running,
+            parked=parked,
             network=self.network.name,
             state_dir=str(self.state.root),
             limits=tuple(limits),
@@ -94,6 +109,15 @@ async def _build_words() -> str:
     except HostError as error:
         return f"not possible: {error.message}"
     return f"being built, {status.fraction:.0%}" if status.state is BuildState.RUNNING else str(status.state)
+
+
+def _cpu_model() -> str:
+    """The processor's name; an emulated guest too reads its cycle counter, so that a snapshot's clock would run wrong on another."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name.strip() == "model name":
+            return rest.strip()
+    return platform.machine()
 
 
 def _meminfo() -> dict[str, int]:

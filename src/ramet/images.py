@@ -178,6 +178,11 @@ def _load(place: ImageDir) -> _Record | None:
     return record if record.version == 1 and place.disk.is_file() else None
 
 
+def known(state: StateDir) -> list[Image]:
+    """All images of this host."""
+    return [record.image for record in _records(state)]
+
+
 def _records(state: StateDir) -> list[_Record]:
     places = sorted(state.images.glob("sha256-*")) if state.images.is_dir() else []
     return [record for place in places if (record := _load(ImageDir(root=place)))]

@@ -22,6 +22,8 @@ class Operation(StrEnum):
     HIBERNATE = "hibernate"
     RESUME = "resume"
     RESTORE = "restore"
+    PARK = "park"
+    CLAIM = "claim"
 
 
 _LIVE = frozenset({State.RUNNING, State.PAUSED})
@@ -40,6 +42,8 @@ TABLE: dict[Operation, tuple[frozenset[State], State | None, State | None]] = {
     Operation.HIBERNATE: (_LIVE, State.HIBERNATING, State.HIBERNATED),
     Operation.RESUME: (frozenset({State.HIBERNATED}), State.RESUMING, State.RUNNING),
     Operation.RESTORE: (_LIVE | _REST | {State.HIBERNATED}, State.RESTORING, State.RUNNING),
+    Operation.PARK: (frozenset({State.CREATING}), State.CREATING, State.PAUSED),
+    Operation.CLAIM: (frozenset({State.PAUSED}), State.RESUMING, State.RUNNING),
 }
 
 # What an interrupted operation (the daemon was killed) leaves a machine as, when its process is gone.
@@ -51,6 +55,25 @@ INTERRUPTED: dict[State, State | None] = {
     State.HIBERNATING: State.FAILED,
     State.RESUMING: State.HIBERNATED,
     State.RESTORING: State.FAILED,
+}
+
+MAKING = frozenset({Operation.CREATE, Operation.PARK})  # their machines are not in the database yet
+
+# What a failed operation leaves a machine as. None: as it was before, its programs running on; nothing is ended for it.
+FAILED: dict[Operation, State | None] = {
+    Operation.CREATE: State.FAILED,
+    Operation.START: State.FAILED,
+    Operation.STOP: State.FAILED,
+    Operation.DELETE: State.FAILED,
+    Operation.FORK: None,
+    Operation.SNAPSHOT: None,
+    Operation.PAUSE: None,
+    Operation.UNPAUSE: None,
+    Operation.HIBERNATE: None,
+    Operation.RESUME: State.HIBERNATED,
+    Operation.RESTORE: State.FAILED,
+    Operation.PARK: State.FAILED,
+    Operation.CLAIM: State.FAILED,
 }
 
 _WHAT_NEXT = {

@@ -407,7 +407,10 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class HostInfo:
-    """The host as Ramet sees it. limits: what this host cannot enforce, with the reason, for people to read."""
+    """The host as Ramet sees it.
+
+    parked: machines that wait in pools, beyond `machines`. limits: what this host cannot enforce, with the reason, for people to read.
+    """
 
     version: str
     accelerator: Accelerator
@@ -424,6 +427,7 @@ class HostInfo:
     running: int
     network: str
     state_dir: str
+    parked: int = 0
     limits: tuple[str, ...] = ()
 
 

@@ -7,30 +7,33 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from ramet import bringup, cgroup, guestfs, images, lifecycle
+from ramet import bringup, cgroup, disks, guestfs, images, lifecycle, locks
 from ramet.bus import Bus
 from ramet.commands import Forward
 from ramet.db import Database, Record
-from ramet.errors import BusyError, HostError, MachineFailedError, NoSpaceError, RametError, SpecError, StateError
+from ramet.errors import BusyError, MachineFailedError, NoSpaceError, RametError, SpecError, StateError
 from ramet.guest import Stream
 from ramet.host import Host
 from ramet.lifecycle import Operation
-from ramet.model import Activity, Event, Image, ImageConfig, InitMode, Port, State
-from ramet.paths import MachineDir, StateDir
+from ramet.model import Activity, Event, Image, ImageConfig, InitMode, Port, Snapshot, State
+from ramet.paths import StateDir
+from ramet.store.mounting import ImageFs
+from ramet.store.store import Store
 from ramet.units import format_size
 from ramet.vm import machine as vm
 from ramet.vm.machine import Vm
+
+T = TypeVar("T")
 
 log = logging.getLogger("ramet")
 
 _DYING = 5.0  # seconds that a guest which lost its agent gets to end by itself (a panic, a power-off) before it counts as failed
 # A full disk must not keep anybody from stopping and deleting: a daemon that starts anew finds these states out by looking.
 _FOUND_AGAIN = frozenset({State.STOPPING, State.STOPPED, State.FAILED, State.DELETING})
-_ADOPTING = 5.0  # seconds that the daemon's start waits for running machines to answer; the rest is found in the background
 
 
 @dataclass(eq=False)
@@ -55,8 +58,13 @@ class Operations:
         self.host = host
         self.bus = Bus()
         self.entries: dict[str, Entry] = {}
-        self._db = database
-        self._background: set[asyncio.Task[None]] = set()
+        self.snapshots: dict[str, Snapshot] = {}
+        self.db = database
+        self.store = Store(state.store)
+        self.layers = ImageFs(state.store)
+        self._layers_lock = asyncio.Lock()
+        self._saving = 0
+        self._background: set[asyncio.Task[Any]] = set()
 
     # the frame of every operation
 
@@ -75,7 +83,7 @@ class Operations:
         during = lifecycle.begin(entry.record.name, entry.record.state, operation)
         entry.operation = operation
         entry.task = task = asyncio.create_task(self._perform(entry, operation, during, work))
-        task.add_done_callback(_retrieve)
+        task.add_done_callback(retrieve)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -84,23 +92,24 @@ class Operations:
             raise
 
     async def _perform(self, entry: Entry, operation: Operation, during: State, work: Callable[[Entry], Awaitable[None]]) -> None:
+        before = entry.record.state
         try:
-            if operation is Operation.CREATE:
-                await self._db.insert(entry.record)
+            if operation in lifecycle.MAKING:
+                await self.db.insert(entry.record)
                 self._publish(entry)
-            else:
-                await self._set(entry, state=during, reason="")
+            elif during is not before:
+                await self.set(entry, state=during, reason="")
             await work(entry)
             if (after := lifecycle.TABLE[operation][2]) is not None:
-                await self._set(entry, state=after)
+                await self.set(entry, state=after)
         except BaseException as error:
-            await self._undo(entry, operation, error)
+            await self._undo(entry, operation, before, error)
             raise
         finally:
             entry.operation = entry.activity = None
 
-    async def _undo(self, entry: Entry, operation: Operation, error: BaseException) -> None:
-        """After a failed operation: nothing half-made, and the reason where users look."""
+    async def _undo(self, entry: Entry, operation: Operation, before: State, error: BaseException) -> None:
+        """After a failed operation: nothing half-made, and the reason where users look. before: the machine's state when it began."""
         reason = (
             error.message
             if isinstance(error, RametError)
@@ -110,15 +119,19 @@ class Operations:
         )
         log.warning("%s of %s failed: %s", operation, entry.record.name, reason)
         try:
+            after = lifecycle.FAILED[operation]
+            if after is None:
+                await self.set(entry, state=before)
+                return
             if operation is not Operation.DELETE:
-                await self._end(entry)
-            if operation is Operation.CREATE and entry.record.started_at is None:
+                await self.end(entry)
+            if operation in lifecycle.MAKING and entry.record.started_at is None:
                 await self.remove(entry)  # it never ran: there is nothing to look at
             else:
-                await self._set(entry, state=State.FAILED, reason=f"{operation}: {reason}")
+                await self.set(entry, state=after, reason=f"{operation}: {reason}")
         except RametError as second:
             log.error("%s is left as it is: %s", entry.record.name, second.message)
-            if operation is Operation.CREATE:
+            if operation in lifecycle.MAKING:
                 self.entries.pop(entry.record.id, None)
 
     async def cancel(self, entry: Entry) -> None:
@@ -127,15 +140,23 @@ class Operations:
             entry.task.cancel()
             await asyncio.wait({entry.task})
 
-    async def _set(self, entry: Entry, **changes: Any) -> None:
+    async def set(self, entry: Entry, **changes: Any) -> None:
         """Change the record: on disk first, then in memory, then told, where it is the state or its reason."""
         record = dataclasses.replace(entry.record, **changes)
         try:
-            await self._db.update(record)
+            await self.db.update(record)
         except NoSpaceError as error:
             if record.state not in _FOUND_AGAIN:
                 raise
             log.error("%s is %s, which is not on disk: %s", record.name, record.state, error.message)
+        self.replace(entry, record)
+
+    def note(self, entry: Entry, **changes: Any) -> None:
+        """Change the record in memory; the next `set` writes it, which the end of every operation does."""
+        self.replace(entry, dataclasses.replace(entry.record, **changes))
+
+    def replace(self, entry: Entry, record: Record) -> None:
+        """A record that the database has already."""
         told, entry.record = entry.record, record
         if (told.state, told.reason) != (record.state, record.reason):
             self._publish(entry)
@@ -144,7 +165,7 @@ class Operations:
         record = entry.record
         self.bus.publish(Event(at=time.time(), kind="state", machine=record.name, state=record.state, reason=record.reason))
 
-    def _doing(self, entry: Entry, step: str, fraction: float | None = None) -> None:
+    def doing(self, entry: Entry, step: str, fraction: float | None = None) -> None:
         """Say what is being done; small steps of a long way are not worth an event each."""
         old = entry.activity
         if (
@@ -163,24 +184,29 @@ class Operations:
 
     async def bring_up(self, entry: Entry) -> None:
         """Make what is missing and boot: idempotent, so that the first start is one like any other, and an interrupted one is simply done again."""
-        await self._end(entry)
+        await self.end(entry)
         image = await self._image(entry)
         entry.image = image.config
         files = self.state.machine(entry.record.id)
         files.root.mkdir(mode=0o700, exist_ok=True)
-        if not files.disk.exists():
-            self._doing(entry, "making the disk")
-            await bringup.overlay(self.state.image(image.digest).disk, files, entry.record.spec.disk)
-        self._doing(entry, "preparing the kernel")
+        found = disks.current(files, entry.record.spec.disk)
+        if found is None:
+            self.doing(entry, "making the disk")
+            found = await disks.make(files, "", entry.record.spec.disk)
+        if found.layer:
+            await self.use_layers()
+        self.doing(entry, "preparing the kernel")
         boot = await self.host.boot()
-        self._doing(entry, "booting")
+        self.doing(entry, "booting")
         began = time.monotonic()
-        entry.vm = await Vm.launch(files, bringup.config(entry.record.spec, boot, files, self.host.network), boot.binaries.shim)
-        await self._set(entry, started_at=time.time(), accelerator=boot.probe.accelerator, kernel=boot.kernel.version)
+        where = disks.argument(self.state, files, found, image.digest)
+        config = bringup.config(entry.record.spec, boot, self.host.network, disk=where, machine_id=bringup.machine_id(entry.record.id))
+        entry.vm = await Vm.launch(files, config, boot.binaries.shim)
+        await self.set(entry, started_at=time.time(), accelerator=boot.probe.accelerator, kernel=boot.kernel.version)
         bringup.limit(self.host, entry.record.id, entry.record.spec, files)
         await entry.vm.connect_agent(deadline=vm.BOOT_DEADLINE, resync=False)
-        await self._set(entry, boot_time=time.monotonic() - began)
-        self._watch(entry, entry.vm)
+        await self.set(entry, boot_time=time.monotonic() - began)
+        self.watch(entry, entry.vm)
         await self._hooks(entry)
 
     async def _image(self, entry: Entry) -> Image:
@@ -188,13 +214,13 @@ class Operations:
         found = images.load(self.state, entry.record.image_digest) if entry.record.image_digest else None
         if found:
             return found
-        if self.state.machine(entry.record.id).disk.exists():
+        if disks.current(self.state.machine(entry.record.id), entry.record.spec.disk):
             raise MachineFailedError(f"the image {entry.record.image_digest} that the disk of {entry.record.name} stands on is gone")
-        image = await images.ensure(self.state, entry.record.spec.image, progress=lambda step, fraction: self._doing(entry, step, fraction))
+        image = await images.ensure(self.state, entry.record.spec.image, progress=lambda step, fraction: self.doing(entry, step, fraction))
         if image.disk_size > entry.record.spec.disk:
             need = format_size(image.disk_size)
             raise SpecError(f"`disk`: {format_size(entry.record.spec.disk)} is too small for {image.reference}: write at least {need}")
-        await self._set(entry, image_digest=image.digest)
+        await self.set(entry, image_digest=image.digest)
         return image
 
     async def _hooks(self, entry: Entry) -> None:
@@ -206,7 +232,7 @@ class Operations:
             if workdir not in ("", "/"):
                 await guestfs.make_dir(guest, workdir, mode=0o755, parents=True, user="")
             await self._hook(entry, "create", wanted.lifecycle.create)
-            await self._set(entry, initialised=True)
+            await self.set(entry, initialised=True)
         for port in wanted.ports:
             await self.open_port(entry, port)
         await self._hook(entry, "start", wanted.lifecycle.start)
@@ -214,11 +240,11 @@ class Operations:
             try:
                 await bringup.service(guest, wanted, entry.image)
             except RametError as error:  # the machine is usable all the same
-                await self._set(entry, reason=f"the image's entrypoint did not start: {error.message}")
+                await self.set(entry, reason=f"the image's entrypoint did not start: {error.message}")
 
     async def _hook(self, entry: Entry, name: str, script: str) -> None:
         if script and entry.vm:
-            self._doing(entry, f"running lifecycle.{name}")
+            self.doing(entry, f"running lifecycle.{name}")
             await bringup.hook(entry.vm.guest, entry.record.spec, entry.image, name, script)
 
     async def open_port(self, entry: Entry, port: Port) -> Port:
@@ -236,12 +262,12 @@ class Operations:
 
     async def take_down(self, entry: Entry, *, force: bool) -> None:
         if entry.vm and not force and entry.record.state is State.STOPPING:
-            self._doing(entry, "powering off")
+            self.doing(entry, "powering off")
             if rude := await entry.vm.power_off():
-                await self._set(entry, reason=rude)
-        await self._end(entry)
+                await self.set(entry, reason=rude)
+        await self.end(entry)
 
-    async def _end(self, entry: Entry) -> None:
+    async def end(self, entry: Entry) -> None:
         """Make sure that nothing of the machine lives; quick when nothing does."""
         for forward in list(entry.forwards.values()):
             await forward.close()
@@ -257,29 +283,115 @@ class Operations:
         with contextlib.suppress(OSError):
             cgroup.remove(self.host.cgroups, entry.record.id)
 
+    # layers
+
+    async def use_layers(self) -> None:
+        """Make sure that layers are served; from then on, machines that stand on them are failed within a second of its end."""
+        async with self._layers_lock:
+            known = getattr(self.layers, "dead", None)
+            await self.layers.ensure()
+            if self.layers.dead is not known:
+                self.spawn(self._layers_died(self.layers.dead))
+
+    async def _layers_died(self, dead: asyncio.Future[str]) -> None:
+        """Without the file system, a page that is not in memory yet is an I/O error or a SIGBUS, sooner or later."""
+        why = await asyncio.shield(dead)
+        log.error("the image file system ended: %s", why)
+        for entry in list(self.entries.values()):
+            if entry.vm and (entry.record.memory_layer or disks.layer_of(entry.vm.files)):
+                self.spawn(self._lost_layers(entry, entry.vm))
+
+    async def _lost_layers(self, entry: Entry, machine: Vm) -> None:
+        await vm.kill(machine.files)
+        await self._settle(entry)
+        if entry.vm in (machine, None):
+            await self.end(entry)
+            reason = "the image file system, which serves its memory and disk, ended"
+            await self.set(
+                entry, state=State.FAILED, reason=f"{reason}; `ramet restore` goes back to its last snapshot, `ramet start` boots its disk"
+            )
+
+    def _stands_on(self, entry: Entry) -> str:
+        return disks.layer_of(self.state.machine(entry.record.id))
+
+    @contextlib.asynccontextmanager
+    async def layers_in_use(self) -> AsyncIterator[None]:
+        """In the body, layers that nothing names yet are not collected."""
+        self._saving += 1
+        try:
+            yield
+        finally:
+            self._saving -= 1
+
+    async def collect(self) -> None:
+        """Remove the layers that no snapshot and no machine needs."""
+        if self._saving:
+            return  # whoever saves now comes here afterwards
+
+        def keep() -> set[str]:
+            points = {layer for each in list(self.snapshots.values()) for layer in (each.disk_layer, each.memory_layer)}
+            running = {layer for each in list(self.entries.values()) for layer in (each.record.memory_layer, self._stands_on(each))}
+            return (points | running) - {""}
+
+        try:
+            freed = await asyncio.to_thread(self.store.gc, keep)
+        except RametError as error:
+            log.warning("layers that nothing needs could not be removed: %s", error.message)
+        else:
+            self.layers.forget()  # else its workers keep removed files open
+            if freed.layers:
+                log.info("removed %d layers, %s", len(freed.layers), format_size(freed.bytes))
+
+    async def drop(self, entry: Entry) -> None:
+        """Delete a machine, whatever it is doing."""
+        await self.cancel(entry)
+        if entry.record.id in self.entries:
+            await self.perform(entry, Operation.DELETE, self.remove)
+
+    async def set_snapshot(self, snapshot_id: str, **changes: Any) -> Snapshot:
+        """Change a snapshot's record: on disk first, then in memory."""
+        changed = dataclasses.replace(self.snapshots[snapshot_id], **changes)
+        await self.db.update_snapshot(changed)
+        self.snapshots[snapshot_id] = changed
+        return changed
+
+    async def forget_snapshot(self, found: Snapshot) -> None:
+        """Take a snapshot out of the records; those that stood on it stand on what it stood on."""
+        for each in list(self.snapshots.values()):
+            if each.parent == found.id:
+                await self.set_snapshot(each.id, parent=found.parent)
+        await self.db.delete_snapshot(found.id)
+        self.snapshots.pop(found.id, None)
+
     async def remove(self, entry: Entry) -> None:
         """End it, delete its directory, forget it; in an order in which a crash leaves a record to go on from."""
-        await self._end(entry)
+        await self.end(entry)
         root = self.state.machine(entry.record.id).root
         if root.exists():
             doomed = root.with_name(f".deleting-{root.name}")
             root.rename(doomed)
             await asyncio.to_thread(bringup.remove_tree, doomed)
-        await self._db.delete(entry.record.id)
+        await self.db.delete(entry.record.id)
         self.entries.pop(entry.record.id, None)
         self.bus.publish(Event(at=time.time(), kind="removed", machine=entry.record.name))
 
     # what happens by itself
 
-    def _watch(self, entry: Entry, machine: Vm) -> None:
-        machine.on_agent_lost = lambda: self._spawn(self._lost(entry, machine))
-        self._spawn(self._died(entry, machine))
+    def watch(self, entry: Entry, machine: Vm) -> None:
+        machine.on_agent_lost = lambda: self.keep(asyncio.create_task(self._lost(entry, machine)))
+        self.spawn(self._died(entry, machine))
 
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do something in the background, until the daemon's end."""
+        task = asyncio.create_task(work)
+        self.keep(task)
+        return task
+
+    def keep(self, task: asyncio.Task[Any]) -> None:
+        """Have a task ended with the daemon, and its error logged."""
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        task.add_done_callback(_retrieve)
+        task.add_done_callback(retrieve)
 
     async def _settle(self, entry: Entry) -> None:
         """Wait until nothing is being done to the machine."""
@@ -292,10 +404,10 @@ class Operations:
         await self._settle(entry)
         if entry.vm is not machine:
             return
-        await self._end(entry)
+        await self.end(entry)
         death = vm.postmortem(machine.files)
         log.warning("%s ended: %s", entry.record.name, death.reason)
-        await self._set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
+        await self.set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
 
     async def _lost(self, entry: Entry, machine: Vm) -> None:
         """The agent's line broke while QEMU runs: connect again, unless it is dying anyway or the agent is gone for good."""
@@ -314,72 +426,9 @@ class Operations:
                 return
             await asyncio.wait({machine.dead}, timeout=_DYING)  # a QEMU that ends closes its sockets first
         if not machine.dead.done() and entry.vm is machine and entry.operation is None:
-            await self._set(entry, state=State.FAILED, reason=f"the guest's agent is gone ({why}); QEMU still runs")
+            await self.set(entry, state=State.FAILED, reason=f"the guest's agent is gone ({why}); QEMU still runs")
 
-    # the daemon's start and end
-
-    async def reconcile(self) -> None:
-        """Make the directories and processes agree with the database, and say in the log what was done."""
-        for doomed in self.state.machines.glob(".deleting-*"):
-            log.info("finishing the removal of %s", doomed.name)
-            await asyncio.to_thread(bringup.remove_tree, doomed)
-        adopting = []
-        for record in await self._db.machines():
-            entry = self.add(record)
-            found = images.load(self.state, record.image_digest) if record.image_digest else None
-            entry.image = found.config if found else ImageConfig()
-            adopting.append(asyncio.create_task(self._recover(entry)))
-        known = set(self.entries)
-        for path in self.state.machines.iterdir():
-            if path.name not in known and not path.name.startswith("."):
-                log.warning("%s belongs to no machine of the database; it is left alone", path)
-        if adopting:
-            _, late = await asyncio.wait(adopting, timeout=_ADOPTING)
-            self._background |= late
-        for task in adopting:
-            task.add_done_callback(_retrieve)
-
-    async def _recover(self, entry: Entry) -> None:
-        """One machine after a restart of the daemon."""
-        record = entry.record
-        files = self.state.machine(record.id)
-        alive = vm.is_alive(files)
-        if record.state in lifecycle.INTERRUPTED:
-            after = lifecycle.INTERRUPTED[record.state]
-            log.info("%s was %s when the daemon ended: now %s", record.name, record.state, after or "deleted")
-            if after is None:
-                await self.remove(entry)
-                return
-            await self._end(entry)
-            reason = f"the daemon ended while it was {record.state}" if after is State.FAILED else ""
-            await self._set(entry, state=after, reason=reason)
-        elif record.state is State.RUNNING and alive:
-            await self._adopt(entry, files)
-        elif record.state is State.RUNNING:
-            await self._end(entry)
-            death = vm.postmortem(files)
-            log.info("%s ended while no daemon ran: %s", record.name, death.reason)
-            await self._set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
-        elif alive:
-            log.info("%s is %s but a process of it lives: ended", record.name, record.state)
-            await self._end(entry)
-
-    async def _adopt(self, entry: Entry, files: MachineDir) -> None:
-        """Take a running machine over from a daemon that is gone."""
-        try:
-            machine = await Vm.adopt(files)
-            entry.vm = machine
-            await machine.connect_agent(deadline=vm.BOOT_DEADLINE / 3, resync=True)
-        except RametError as error:
-            await self._set(entry, state=State.FAILED, reason=f"it could not be found again after a restart of the daemon: {error.message}")
-            return
-        log.info("%s runs on (QEMU %d)", entry.record.name, machine.pid)
-        self._watch(entry, machine)
-        for port in entry.record.spec.ports:
-            try:
-                await self.open_port(entry, port)
-            except (HostError, RametError) as error:
-                await self._set(entry, reason=error.message)
+    # the end
 
     async def close(self) -> None:
         """Let go of every machine; what is being done is ended and cleaned up."""
@@ -393,9 +442,12 @@ class Operations:
                 await forward.close()
             if entry.vm:
                 await entry.vm.release()
+        if locks.is_held(self.state.store.lock) and not any(vm.is_alive(self.state.machine(each)) for each in self.entries):
+            await self.layers.stop()  # nobody needs it
+        self.layers.release()
 
 
-def _retrieve(task: asyncio.Task[None]) -> None:
+def retrieve(task: asyncio.Task[Any]) -> None:
     """Keep an error whose caller is gone from being lost."""
     if not task.cancelled() and (error := task.exception()) and not isinstance(error, RametError):
         log.error("unexpected", exc_info=error)

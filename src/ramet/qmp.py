@@ -56,6 +56,11 @@ class Qmp:
         except (QMPError, OSError, EOFError, TimeoutError) as error:
             raise MachineFailedError(f"QEMU's monitor broke off at {command}: {error or type(error).__name__}") from error
 
+    async def send_file(self, name: str, fd: int) -> None:
+        """Give QEMU an open file, which commands then know as `name`."""
+        self._client.send_fd_scm(fd)
+        await self("getfd", fdname=name)
+
     async def close(self) -> None:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._client.disconnect(), 5)

@@ -233,8 +233,34 @@ def _machines(inner: builtins.list[aio.AsyncMachine]) -> builtins.list[Machine]:
     return [Machine(each) for each in inner]
 
 
+class Host:
+    """What is not one machine's: snapshots, templates, layers, and who descends from whom.
+
+    >>> host = Host()
+    >>> host.template("demo@warm", "demo:1", pool=2)
+    >>> Machine.create_from("demo:1", "quick")
+    """
+
+    def __init__(self, inner: aio.AsyncHost | None = None) -> None:
+        self.inner = inner or aio.AsyncHost()
+
+    def export_layer(self, layer: str) -> Iterator[bytes]:
+        """The layer with all it stands on, as the raw image."""
+        return _iterate(self.inner.export_layer(layer))
+
+    info = _waits(aio.AsyncHost.info)
+    snapshots = _waits(aio.AsyncHost.snapshots)
+    get_snapshot = _waits(aio.AsyncHost.get_snapshot)
+    template = _waits(aio.AsyncHost.template)
+    delete_snapshot = _waits(aio.AsyncHost.delete_snapshot)
+    tree = _waits(aio.AsyncHost.tree)
+    layers = _waits(aio.AsyncHost.layers)
+    get_layer = _waits(aio.AsyncHost.get_layer)
+    verify_layer = _waits(aio.AsyncHost.verify_layer)
+
+
 class Machine:
-    """A machine. Made by `create`, `get` and `list`. `files` are its files.
+    """A machine. Made by `create`, `create_from`, `get` and `list`. `files` are its files.
 
     >>> machine = Machine.create("demo", memory="512MiB")
     >>> machine.run("uname -r").text
@@ -262,6 +288,7 @@ class Machine:
         return self.inner.state
 
     create = staticmethod(_makes(aio.AsyncMachine.create, _machine))
+    create_from = staticmethod(_makes(aio.AsyncMachine.create_from, _machine))
     get = staticmethod(_makes(aio.AsyncMachine.get, _machine))
     list = staticmethod(_makes(aio.AsyncMachine.list, _machines))
 
@@ -269,6 +296,14 @@ class Machine:
     power_on = _waits(aio.AsyncMachine.power_on)
     stop = _waits(aio.AsyncMachine.stop)
     delete = _waits(aio.AsyncMachine.delete)
+    pause = _waits(aio.AsyncMachine.pause)
+    resume = _waits(aio.AsyncMachine.resume)
+    hibernate = _waits(aio.AsyncMachine.hibernate)
+    fork = _gives(aio.AsyncMachine.fork, _machines)
+    fork_outcomes = _waits(aio.AsyncMachine.fork_outcomes)
+    snapshot = _waits(aio.AsyncMachine.snapshot)
+    snapshots = _waits(aio.AsyncMachine.snapshots)
+    restore = _waits(aio.AsyncMachine.restore)
     logs = _waits(aio.AsyncMachine.logs)
     metrics = _waits(aio.AsyncMachine.metrics)
     open_port = _waits(aio.AsyncMachine.open_port)

@@ -46,14 +46,16 @@ from ramet.model import (
 )
 from ramet.server.app import create_app
 from ramet.verbs import WRITE_FLAGS, Verbs
+from tests.unit.lineage import Lineage
 
 TOKEN = "a-token-for-tests"
 
 
-class Memory:
+class Memory(Lineage):
     """Machines that are records, processes that are scripts named by argv[0], files in a dict. `seen` lists the calls, for tests to look at."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.machines: dict[str, Machine] = {}
         self.files: dict[str, tuple[bytes, int]] = {}
         self.seen: builtins.list[tuple[object, ...]] = []

@@ -22,6 +22,22 @@ COMMANDS: dict[str, list[str]] = {
     "start": ["start", "m"],
     "stop": ["stop", "m"],
     "delete": ["delete", "m"],
+    "fork": ["fork", "m"],
+    "pause": ["pause", "m"],
+    "resume": ["resume", "m"],
+    "hibernate": ["hibernate", "m"],
+    "snapshot": ["snapshot", "m"],
+    "snapshots": ["snapshots"],
+    "get_snapshot": ["restore", "m", "m@warm", "--dry-run"],
+    "restore": ["restore", "m", "m@warm", "--yes"],
+    "create_from": ["create", "--from", "m@warm", "new"],
+    "template": ["template", "m@warm", "shop:1"],
+    "delete_snapshot": ["delete", "m@bad"],
+    "tree": ["tree"],
+    "layers": ["layer", "ls"],
+    "get_layer": ["layer", "show", "00000000000000aa"],
+    "verify_layer": ["layer", "verify", "00000000000000aa"],
+    "export_layer": ["layer", "export", "00000000000000aa", "raw"],
     "logs": ["logs", "m"],
     "metrics": ["metrics", "m"],
     "run": ["run", "m", "--json", "x"],
@@ -96,6 +112,7 @@ class Noting(Memory):
 def test_each_command_uses_its_verb(tmp_path: Path, verb: str) -> None:
     verbs = Noting()
     verbs.stock()
+    verbs.plant()
     (tmp_path / "here").mkdir()
     (tmp_path / "ramet.toml").write_text('name = "fresh"\n')
     with beside(verbs, tmp_path / "s") as url:

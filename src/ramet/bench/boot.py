@@ -9,7 +9,6 @@ import re
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from ramet import bringup, kernels, network, process, sockets
 from ramet.bench import bed
@@ -60,7 +59,7 @@ async def cold(found: Bed) -> Sample:
     return Sample(up=up, answered=answered, kernel=kernel, init=float(init[1]) if init else kernel, cpu=usage.cpu if usage else 0.0)
 
 
-async def floor(found: Bed, disk: Path) -> float:
+async def floor(found: Bed, disk: argv.Disk) -> float:
     """Seconds from starting QEMU to the line that the floor's init prints."""
     initrd = await kernels.floor_initramfs(found.boot.kernel)
     files = found.state.machine("floor")
@@ -68,8 +67,8 @@ async def floor(found: Bed, disk: Path) -> float:
     try:
         with sockets.listen(files.qmp) as monitor, sockets.listen(files.agent) as agent:
             boot = dataclasses.replace(found.boot, initrd=initrd)
-            config = bringup.config(bed.spec(_NAME, ""), boot, files, network.USER)
-            config = dataclasses.replace(config, qmp_fd=monitor.fileno(), agent_fd=agent.fileno(), disk=disk)
+            config = bringup.config(bed.spec(_NAME, ""), boot, network.USER, disk=disk)
+            config = dataclasses.replace(config, qmp_fd=monitor.fileno(), agent_fd=agent.fileno())
             words = argv.build(config)
             began = time.monotonic()
             async with process.running(words, pass_fds=[monitor.fileno(), agent.fileno()]) as qemu, asyncio.timeout(DEADLINE):
@@ -92,7 +91,8 @@ async def _line(qemu: asyncio.subprocess.Process) -> float:
 async def run(arguments: argparse.Namespace) -> Report:
     async with bed.place() as state, bed.opened(state) as found:
         made = await found.engine.create(bed.spec(_NAME, arguments.image))
-        disk = found.state.machine(made.id).disk
+        files = found.state.machine(made.id)
+        disk = argv.Disk(overlay=files.overlay(0), base=found.state.image(made.image_digest).disk)
         await found.engine.stop(_NAME)
         await floor(found, disk)
         await cold(found)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from ramet import __version__
-from ramet.cli import files, host, machines, processes
+from ramet.cli import files, host, layers, lineage, machines, processes, snapshots
 from ramet.cli.base import app
 
-__all__ = ["app", "files", "host", "machines", "main", "processes"]
+__all__ = ["app", "files", "host", "layers", "lineage", "machines", "main", "processes", "snapshots"]
 
 
 def _version(asked: bool) -> None:
@@ -35,6 +36,11 @@ def _only(word: str) -> None:
 
 def main() -> None:
     """The program `ramet`."""
+    if os.environ.get("_RAMET_COMPLETE") == "complete_bash":
+        from ramet.cli.completion import in_bash
+
+        in_bash(lambda: app(prog_name="ramet"))
+        return
     _only(sys.argv[1] if len(sys.argv) > 1 else "")
     app(prog_name="ramet")
 

@@ -24,6 +24,7 @@ T = TypeVar("T")
 FAILED = 125  # the status of `run` and `shell` when Ramet fails, as docker's: the command's own is passed on
 INTERRUPTED = 130
 SPEC = "ramet.toml"
+SNAPSHOT_MARKS = "@:/"  # a snapshot's name always holds one of these, a machine's none
 
 app = typer.Typer(
     name="ramet",
@@ -36,23 +37,58 @@ app = typer.Typer(
 )
 
 
-def names(incomplete: str) -> list[str]:
-    """Machines' names for the shell's completion; none where no daemon answers."""
+def _completed(incomplete: str, ask: Callable[[Client], Coroutine[Any, Any, list[str]]]) -> list[str]:
+    """What the daemon has that begins so, for the shell's completion; nothing where no daemon answers within a second."""
     from ramet.client import Client
 
-    async def ask() -> list[str]:
+    async def work() -> list[str]:
         async with Client.discover() as client, asyncio.timeout(1):
-            return [machine.name for machine in await client.list()]
+            return await ask(client)
 
     with contextlib.suppress(RametError, TimeoutError, OSError):
-        return [name for name in asyncio.run(ask()) if name.startswith(incomplete)]
+        return [name for name in asyncio.run(work()) if name.startswith(incomplete)]
     return []
+
+
+async def _machines(client: Client) -> list[str]:
+    return [machine.name for machine in await client.list()]
+
+
+async def _snapshots(client: Client) -> list[str]:
+    return [snapshot.name for snapshot in await client.snapshots()]
+
+
+async def _members(client: Client) -> list[str]:
+    return await _machines(client) + await _snapshots(client)
+
+
+async def _layers(client: Client) -> list[str]:
+    return [layer.id for layer in await client.layers()]
+
+
+def names(incomplete: str) -> list[str]:
+    """Machines' names, for completion."""
+    return _completed(incomplete, _machines)
+
+
+def snapshot_names(incomplete: str) -> list[str]:
+    return _completed(incomplete, _snapshots)
+
+
+def member_names(incomplete: str) -> list[str]:
+    """Machines' and snapshots'."""
+    return _completed(incomplete, _members)
+
+
+def layer_ids(incomplete: str) -> list[str]:
+    return _completed(incomplete, _layers)
 
 
 Name = Annotated[str, typer.Argument(help="A machine's name.", autocompletion=names, show_default=False)]
 OptionalName = Annotated[
     str, typer.Argument(help=f"A machine's name; the one of the nearest {SPEC} when left out.", autocompletion=names, show_default=False)
 ]
+SnapshotName = Annotated[str, typer.Argument(help="A snapshot's name or id.", autocompletion=snapshot_names, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, with the API's keys.")]
 Env = Annotated[
     list[str] | None, typer.Option("--env", "-e", help="NAME=VALUE, or NAME for its value here; may be repeated.", show_default=False)

@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 # As `ramet --help` lists them: what one does first comes first.
 ORDER = (
     *("tour", "setup", "up", "down", "shell", "run", "cp", "list", "show", "info", "logs", "create", "start", "stop", "delete"),
+    *("fork", "pause", "resume", "hibernate", "snapshot", "snapshots", "restore", "template", "tree", "layer"),
     *("ps", "attach", "kill", "files", "forward", "metrics", "events", "bench", "daemon"),
 )
 

@@ -1,4 +1,4 @@
-"""Machines: make, list, show, start, stop, delete; the host; ports; events."""
+"""Machines: make, list, show, start, stop; the host; ports; events."""
 
 from __future__ import annotations
 
@@ -9,15 +9,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ramet.cli import text
-from ramet.cli.base import Directory, Env, Json, Name, OptionalName, User, app, client, environment, find_spec, own_name, perform
+from ramet.cli.base import (
+    SNAPSHOT_MARKS,
+    Directory,
+    Env,
+    Json,
+    Name,
+    OptionalName,
+    User,
+    app,
+    client,
+    environment,
+    find_spec,
+    own_name,
+    perform,
+    snapshot_names,
+)
 from ramet.errors import NotFoundError, SpecError
 from ramet.model import Machine, Spec, State
 from ramet.units import format_size
 
 if TYPE_CHECKING:
     from ramet.client import Client
-
-_COLOURS = {State.RUNNING: text.GREEN, State.FAILED: text.RED, State.STOPPED: text.DIM}
 
 
 @app.command()
@@ -28,7 +41,7 @@ def up(
     name: Annotated[str, typer.Option(help="Call the machine this instead.", show_default=False)] = "",
     json: Json = False,
 ) -> None:
-    """Bring up the machine that a ramet.toml describes: make it, or start it when it is stopped."""
+    """Bring up the machine that a ramet.toml describes: make it, start it when it is stopped, let it go on when it is paused or hibernated."""
 
     async def work() -> None:
         from ramet.spec import load
@@ -64,6 +77,8 @@ async def _bring_up(verbs: Client, spec: Spec) -> tuple[Machine, State | None]:
     if found.state is State.RUNNING:
         return found, found.state
     async with steps(verbs, spec.name):
+        if found.state in (State.PAUSED, State.HIBERNATED):
+            return await verbs.resume(spec.name), found.state
         return await verbs.start(spec.name), found.state
 
 
@@ -81,7 +96,7 @@ def _ready(machine: Machine, was: State | None) -> None:
     how = {None: "is made and runs", State.RUNNING: "was running already"}.get(was, "runs again")
     details = [
         machine.accelerator.words if machine.accelerator else "",
-        f"booted in {machine.boot_time:.1f} s" if machine.boot_time and was is not State.RUNNING else "",
+        took(machine, booted=was is not State.HIBERNATED) if was not in (State.RUNNING, State.PAUSED) else "",
     ]
     said = ", ".join(filter(None, details))
     text.say(f"{paint_name(machine)} {how}{f' ({said})' if said else ''}.")
@@ -92,22 +107,30 @@ def _ready(machine: Machine, was: State | None) -> None:
     text.say(f"  ramet stop {machine.name}")
 
 
+def took(machine: Machine, *, booted: bool = True) -> str:
+    """How long its start took: a boot, or a start from a snapshot, which is too quick for tenths."""
+    if not machine.boot_time:
+        return ""
+    return f"booted in {machine.boot_time:.1f} s" if booted and not machine.parent else f"ready in {machine.boot_time:.2f} s"
+
+
 def paint_name(machine: Machine) -> str:
     return text.paint(machine.name, text.BOLD)
 
 
 @app.command()
 def down(name: OptionalName = "", json: Json = False) -> None:
-    """Stop the machine of this directory's ramet.toml, or the one named. Its disk stays."""
+    """Stop the machine of this directory's ramet.toml, or the one named. Its disk stays; a hibernated one is left as it is."""
 
     async def work() -> None:
         async with client() as verbs:
             which = own_name(name)
             found = await verbs.get(which)
-            machine = found if found.state is State.STOPPED else await verbs.stop(which)
-            text.as_json(machine) if json else text.say(
-                f"{machine.name} is stopped; `ramet up` or `ramet start {machine.name}` starts it again."
-            )
+            down = found.state in (State.STOPPED, State.HIBERNATED)  # stopping a hibernated one would forget its memory
+            machine = found if down else await verbs.stop(which)
+            again = "resume" if machine.state is State.HIBERNATED else "start"
+            said = f"{machine.name} is {machine.state if down else State.STOPPED}; `ramet up` or `ramet {again} {machine.name}` starts it again."
+            text.as_json(machine) if json else text.say(said)
 
     perform(work, json=json)
 
@@ -125,9 +148,17 @@ def create(
     ] = None,
     user: User = "",
     workdir: Directory = "",
+    origin: Annotated[
+        str,
+        typer.Option("--from", help="A snapshot or template that it goes on from.", autocompletion=snapshot_names, show_default=False),
+    ] = "",
+    disk_only: Annotated[bool, typer.Option("--disk-only", help="With --from: boot its disk, leave its memory.")] = False,
     json: Json = False,
 ) -> None:
-    """Make a machine and start it, without a ramet.toml."""
+    """Make a machine and start it, without a ramet.toml, or from a snapshot: its programs go on where they were.
+
+    Example: ramet create --from shop@warm shop-2
+    """
 
     async def work() -> None:
         from ramet.cli.progress import steps
@@ -137,10 +168,17 @@ def create(
             "name": name, "image": image, "cpus": cpus, "memory": memory, "disk": disk, "env": environment(env),
             "ports": port, "user": user, "workdir": workdir,
         }  # fmt: skip
-        spec = build({key: value for key, value in given.items() if value not in (None, "", {})}, source="create")
+        given = {key: value for key, value in given.items() if value not in (None, "", {})}
+        if origin and len(given) > 1:
+            raise SpecError(
+                f"--{list(given)[1]} has no place beside --from", hint="What the snapshot was saved with is what it goes on with."
+            )
+        if disk_only and not origin:
+            raise SpecError("--disk-only has no place without --from")
+        spec = None if origin else build(given, source="create")
         async with client() as verbs:
-            async with steps(verbs, spec.name):
-                machine = await verbs.create(spec)
+            async with steps(verbs, name):
+                machine = await (verbs.create(spec) if spec else verbs.create_from(origin, name, disk_only=disk_only))
             text.as_json(machine) if json else _ready(machine, None)
 
     perform(work, json=json)
@@ -164,17 +202,25 @@ def list_machines(json: Json = False) -> None:
 
 
 def _table(machines: list[Machine]) -> None:
-    heads = ("NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "DISK", "AGE")
+    heads = ["NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "DISK", "AGE"]
     rows = [
-        (m.name, _state(m), m.spec.image, str(m.spec.cpus), format_size(m.spec.memory), format_size(m.spec.disk), text.age(m.created_at))
+        [m.name, _state(m), m.spec.image, str(m.spec.cpus), format_size(m.spec.memory), format_size(m.spec.disk), text.age(m.created_at)]
         for m in machines
     ]
-    lines = text.table(heads, rows, give=2, paints=[_COLOURS.get(m.state, text.YELLOW) for m in machines])
+    if descended := any(m.parent for m in machines):
+        heads.append("FROM")
+        rows = [[*row, _origin(m)] for row, m in zip(rows, machines, strict=True)]
+    lines = text.table(heads, rows, give=(2, 7, 0) if descended else (2, 0), paints=[text.colour_of(m.state) for m in machines])
     text.say(lines[0])
     for machine, line in zip(machines, lines[1:], strict=True):
         text.say(line)
         if machine.reason and machine.state is State.FAILED:
             text.say(text.paint(f"  {text.clean(machine.reason)}"[: text.width()], text.RED))
+
+
+def _origin(machine: Machine) -> str:
+    """The snapshot that it came from where that has a name, else the machine."""
+    return machine.snapshot if machine.parent and any(mark in machine.snapshot for mark in SNAPSHOT_MARKS) else machine.parent
 
 
 def _state(machine: Machine) -> str:
@@ -199,16 +245,19 @@ def show(name: OptionalName = "", json: Json = False) -> None:
 
 def _facts(machine: Machine) -> list[tuple[str, str]]:
     spec, usage, activity = machine.spec, machine.usage, machine.activity
+    shared = f" ({format_size(usage.private)} shared with nobody)" if usage and usage.private else ""
     ports = [f"{p.guest} → 127.0.0.1:{p.host}" if p.host else str(p.guest) for p in machine.ports]
     return [
         ("name", machine.name),
         ("id", machine.id),
-        ("state", text.paint(machine.state, _COLOURS.get(machine.state, text.YELLOW))),
+        ("state", text.paint(machine.state, text.colour_of(machine.state))),
         ("doing", f"{activity.verb}: {activity.step}" if activity else ""),
         ("reason", text.clean(machine.reason)),
+        ("parent", machine.parent),
+        ("snapshot", machine.snapshot),
         ("image", f"{spec.image} ({machine.image_digest[:19]})" if machine.image_digest else spec.image),
         ("cpus", str(spec.cpus)),
-        ("memory", format_size(spec.memory) + (f", {format_size(usage.memory)} of the host's in use" if usage else "")),
+        ("memory", format_size(spec.memory) + (f", {format_size(usage.memory)} of the host's in use" if usage else "") + shared),
         ("disk", format_size(spec.disk) + (f", {format_size(usage.disk)} of the host's in use" if usage else "")),
         ("cpu time", f"{usage.cpu:.1f} s" if usage else ""),
         ("user", spec.user),
@@ -221,7 +270,7 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         ("pid", str(machine.pid or "")),
         ("made", f"{text.age(machine.created_at)} ago"),
         ("started", f"{text.age(machine.started_at)} ago" if machine.started_at else ""),
-        ("booted in", f"{machine.boot_time:.2f} s" if machine.boot_time else ""),
+        ("ready in" if machine.parent else "booted in", f"{machine.boot_time:.2f} s" if machine.boot_time else ""),
     ]
 
 
@@ -251,29 +300,6 @@ def stop(
         async with client() as verbs:
             machine = await verbs.stop(own_name(name), force=force)
             text.as_json(machine) if json else text.say(f"{machine.name} is stopped.")
-
-    perform(work, json=json)
-
-
-@app.command()
-def delete(
-    names: Annotated[list[str], typer.Argument(help="Machines' names.", show_default=False)],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
-    json: Json = False,
-) -> None:
-    """Remove machines and their disks, whatever they are doing."""
-
-    async def work() -> None:
-        async with client() as verbs:
-            found = [await verbs.get(name) for name in names]  # all before the first: a slip of the keyboard deletes nothing
-            for machine in found:
-                if not dry_run:
-                    await verbs.delete(machine.name)
-                if not json:
-                    used = f", {format_size(machine.usage.disk)} on disk" if machine.usage else ""
-                    text.say(f"{machine.name} {'would be' if dry_run else 'is'} deleted ({machine.state}{used}).")
-            if json:
-                text.as_json([{"name": machine.name, "id": machine.id, "deleted": not dry_run} for machine in found])
 
     perform(work, json=json)
 
@@ -326,7 +352,7 @@ def info(json: Json = False) -> None:
             return
         pairs = [
             ("ramet", host.version),
-            ("machines", f"{host.machines}, {host.running} running"),
+            ("machines", f"{host.machines}, {host.running} running{f', {host.parked} parked in pools' if host.parked else ''}"),
             ("run on", f"{host.accelerator.words}{f': {host.accelerator_reason}' if host.accelerator_reason else ''}"),
             ("kernel", f"{host.kernel} ({host.kernel_kind})"),
             ("kernel build", host.kernel_build),

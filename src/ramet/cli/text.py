@@ -13,8 +13,10 @@ from typing import Any, TextIO
 from ramet.errors import RametError
 from ramet.records import dump
 
-RED, GREEN, YELLOW, DIM, BOLD = "31", "32", "33", "2", "1"
+RED, GREEN, YELLOW, BLUE, CYAN, DIM, BOLD = "31", "32", "33", "34", "36", "2", "1"
 GAP = "  "
+# Of machines and snapshots; what is not here is on its way to something that is.
+_STATES = {"running": GREEN, "ready": GREEN, "failed": RED, "broken": RED, "stopped": DIM, "paused": CYAN, "hibernated": BLUE}
 
 
 def colours(stream: TextIO) -> bool:
@@ -24,6 +26,11 @@ def colours(stream: TextIO) -> bool:
 
 def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
     return f"\x1b[{colour}m{text}\x1b[0m" if colour and text and colours(stream or sys.stdout) else text
+
+
+def colour_of(state: str) -> str:
+    """The colour of a machine's or snapshot's state."""
+    return _STATES.get(state, YELLOW)
 
 
 def clean(text: str) -> str:
@@ -52,6 +59,8 @@ def fail(error: RametError, *, machine_readable: bool = False) -> None:
         note(json.dumps({"error": dump(error.wire())}, indent=2))
         return
     note(paint("error:", RED, sys.stderr) + f" {error.message}")
+    for name in error.details.get("dependents") or ():
+        note(f"  {clean(str(name))}")
     if error.hint:
         note(paint("hint:", YELLOW, sys.stderr) + f" {error.hint}")
     if log := error.details.get("log"):
@@ -77,12 +86,21 @@ def _cut(text: str, room: int) -> str:
 
 
 def table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *, give: int = 0, paints: Sequence[str] = (), room: int | None = None
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    give: int | Sequence[int] = 0,
+    paints: Sequence[str] = (),
+    room: int | None = None,
 ) -> list[str]:
-    """Lines of a table. give: the column that is cut where it does not fit in `room` columns. paints: a colour for the second cell of each row."""
+    """Lines of a table. give: the columns that are cut, the first before the next, where it does not fit in `room` columns. paints: a colour
+    for the second cell of each row."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     over = sum(widths) + len(GAP) * (len(widths) - 1) - (room or width())
-    widths[give] = max(4, widths[give] - max(0, over))
+    for column in [give] if isinstance(give, int) else give:
+        less = min(max(0, over), max(0, widths[column] - max(4, len(heads[column]))))
+        widths[column] -= less
+        over -= less
     lines = [paint(GAP.join(head.ljust(w) for head, w in zip(heads, widths, strict=True)).rstrip(), DIM)]
     for number, row in enumerate(rows):
         cells = [_cut(cell, w).ljust(w) for cell, w in zip(row, widths, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,21 @@ _TB_SIZE_MIB = 64
 
 
 @dataclass(frozen=True, kw_only=True)
+class Disk:
+    """overlay: the machine's own qcow2, whose header names no backing file; base: the raw file it stands on; number: of the overlay, in nodes' names."""
+
+    overlay: Path
+    base: Path
+    number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything QEMU is told. memory in bytes; qmp_fd and agent_fd: listening unix sockets that QEMU inherits; initrd None: none."""
+    """Everything QEMU is told.
+
+    memory in bytes; qmp_fd and agent_fd: listening unix sockets that QEMU inherits; initrd None: none. memory_file: where the guest's memory comes from, mapped
+    privately; a machine with one does not boot, it waits for its devices' state.
+    """
 
     name: str
     accelerator: Accelerator
@@ -30,7 +44,8 @@ class Config:
     cmdline: str
     qmp_fd: int | None = None
     agent_fd: int | None = None
-    disk: Path | None = None
+    disk: Disk | None = None
+    memory_file: Path | None = None
     network: network.Network | None = None
 
 
@@ -55,16 +70,24 @@ def kernel_words(accelerator: Accelerator) -> list[str]:
 
 def _machine(config: Config) -> list[str]:
     mebibytes = config.memory >> 20
+    backend: dict[str, object] = {"qom-type": "memory-backend-ram", "id": "mem", "size": config.memory}
+    if config.memory_file:
+        # Private: what the guest writes is its own, what it only reads it shares with all that map the same file.
+        backend |= {"qom-type": "memory-backend-file", "mem-path": str(config.memory_file), "share": False}
     return [
         "-machine", _CHIPSET,
         "-smp", str(config.cpus),
         "-m", f"{mebibytes}M",
-        "-object", f"memory-backend-ram,id=mem,size={mebibytes}M",
+        "-object", json.dumps(backend),
         "-rtc", "base=utc",
+        # The devices' state is loaded without the section that names the machine: `xen-save-devices-state` writes none.
+        "-global", "migration.send-configuration=off",
     ]  # fmt: skip
 
 
 def _boot(config: Config) -> list[str]:
+    if config.memory_file:
+        return ["-incoming", "defer", "-S", "-no-reboot"]  # the kernel is in the memory; QEMU would only hold a copy of its file
     initrd = ["-initrd", str(config.initrd)] if config.initrd else []
     return ["-kernel", str(config.kernel), *initrd, "-append", config.cmdline, "-no-reboot"]
 
@@ -86,16 +109,38 @@ def _agent(fd: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _disk(path: Path) -> list[str]:
-    """A qcow2 overlay; what the guest discards or zeroes leaves the host's file."""
-    node = {
+def overlay_name(number: int) -> str:
+    """The name of an overlay's node."""
+    return f"disk{number}"
+
+
+def overlay_node(path: Path, number: int, backing: str | None) -> dict[str, object]:
+    """A qcow2 overlay as a block node; what the guest discards or zeroes leaves the host's file. backing: the name of another node."""
+    name = overlay_name(number)
+    return {
         "driver": "qcow2",
-        "node-name": "disk",
+        "node-name": name,
         "discard": "unmap",
         "detect-zeroes": "unmap",
-        "file": {"driver": "file", "filename": str(path), "discard": "unmap"},
+        "backing": backing,
+        "file": {"driver": "file", "node-name": f"{name}-file", "filename": str(path), "discard": "unmap"},
     }
-    return ["-object", "iothread,id=io", "-blockdev", json.dumps(node), "-device", "virtio-blk-pci,drive=disk,iothread=io"]
+
+
+def base_node(path: Path, number: int) -> dict[str, object]:
+    """The raw file under an overlay, as a block node."""
+    file = {"driver": "file", "filename": str(path), "read-only": True}
+    return {"driver": "raw", "node-name": f"base{number}", "read-only": True, "file": file}
+
+
+def _disk(disk: Disk) -> list[str]:
+    base = base_node(disk.base, disk.number)
+    overlay = overlay_node(disk.overlay, disk.number, str(base["node-name"]))
+    return [
+        "-object", "iothread,id=io", "-blockdev", json.dumps(base), "-blockdev", json.dumps(overlay),
+        # The geometry is given, else QEMU reads the first sector to guess it: from a base that may only be about to exist.
+        "-device", f"virtio-blk-pci,drive={overlay['node-name']},iothread=io,cyls=16383,heads=16,secs=63",
+    ]  # fmt: skip
 
 
 def _network(net: network.Network) -> list[str]:
@@ -107,7 +152,15 @@ def _small() -> list[str]:
     return [
         "-object", "rng-builtin,id=entropy", "-device", "virtio-rng-pci,rng=entropy",
         "-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on",
+        "-device", "vmgenid,guid=auto",  # another in each QEMU: the guest's kernel sees that it was copied, before any of its programs runs
     ]  # fmt: skip
+
+
+def machine_type(config: Config) -> str:
+    """What a snapshot's device state fits, beyond QEMU's version: every device with its options, in order, but for the overlay's number."""
+    words = build(dataclasses.replace(config, disk=Disk(overlay=Path(), base=Path()), memory_file=None))
+    devices = [words[at + 1] for at, word in enumerate(words) if word == "-device"]
+    return " ".join([_CHIPSET, str(config.cpus), str(config.memory), *devices])
 
 
 def build(config: Config) -> list[str]:

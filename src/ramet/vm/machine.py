@@ -7,23 +7,28 @@ import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ramet import locks, process, sockets
 from ramet.errors import BusyError, GuestError, MachineFailedError, RametError
 from ramet.guest import Guest
+from ramet.identity import Identity
 from ramet.model import Usage
 from ramet.paths import MachineDir
 from ramet.qmp import Qmp
-from ramet.vm import argv
+from ramet.vm import argv, disk
+
+T = TypeVar("T")
 
 LOG_CAP = 1 << 20  # bytes; of each log the shim keeps at most twice this
 TAIL = 4096  # bytes of a log that an error shows
 SPAWN_DEADLINE = 30.0
 BOOT_DEADLINE = 180.0  # an emulated boot takes 2 s; Debian's kernel on a busy host took a minute
+LOAD_DEADLINE = 60.0  # for the devices' state of a snapshot: 10 ms, on an idle host
+HOOKS_DEADLINE = 300.0  # for /etc/ramet/fork.d
 _CLOSING = 5.0  # seconds between the end of QEMU's sockets and of QEMU, on a busy host
 POWER_OFF_GRACE = 8.0  # seconds the guest's processes get after SIGTERM
 POWER_OFF_DEADLINE = 30.0
@@ -122,6 +127,7 @@ class Vm:
         self.pid = pid
         self._pidfd = pidfd
         self._qmp: Qmp | None = None
+        self._loaded: asyncio.Future[str] | None = None
         self._guest: Guest | None = None
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().add_reader(pidfd, self._ended)
@@ -193,26 +199,99 @@ class Vm:
             )
         return self._guest
 
+    @property
+    def monitor(self) -> Qmp:
+        """QEMU's monitor."""
+        assert self._qmp
+        return self._qmp
+
+    async def load(self, state: Path) -> None:
+        """Load the devices' state of a snapshot into a QEMU that was started for it; its cpus do not run yet. MachineFailedError when it does not fit."""
+        loaded = self._loaded = asyncio.get_running_loop().create_future()
+        await self.monitor("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        try:
+            with open(state, "rb") as file:
+                await self.monitor.send_file("state", file.fileno())
+                await self.monitor("migrate-incoming", uri="fd:state")
+        except OSError as error:
+            raise MachineFailedError(f"the snapshot's device state cannot be read: {error.strerror}") from error
+        both: set[asyncio.Future[Any]] = {loaded, self.dead}
+        await asyncio.wait(both, timeout=LOAD_DEADLINE, return_when=asyncio.FIRST_COMPLETED)
+        if not loaded.done() or loaded.result() != "completed":
+            if await self._dies_within(_CLOSING):
+                await self._settled()
+            last = (tail(self.files.qemu_log).strip().splitlines() or ["no message"])[-1]
+            raise MachineFailedError(f"QEMU could not load the snapshot's device state: {last}", details={"log": tail(self.files.qemu_log)})
+
+    async def running(self) -> bool:
+        """Whether the cpus run."""
+        return bool((await self.monitor("query-status"))["running"])
+
     async def connect_agent(self, *, deadline: float, resync: bool) -> None:
         """Connect to the agent, waiting for the guest to boot; fails at once when QEMU dies meanwhile."""
-        connecting: asyncio.Future[Any] = asyncio.ensure_future(Guest.connect(self.files.agent, deadline=deadline, resync=resync))
+        self._take(await self._while_alive(Guest.connect(self.files.agent, deadline=deadline, resync=resync)))
+
+    async def go_on(self, state: Path, who: Identity, *, deadline: float) -> None:
+        """Let a QEMU that was started for a snapshot go on from it: devices, identity, and only then the cpus. Fails closed."""
+        guest = await Guest.reach(self.files.agent)  # before the devices are loaded: else the guest sees its port closed
         try:
-            await asyncio.wait([connecting, self.dead], return_when=asyncio.FIRST_COMPLETED)
+            await self.load(state)
+            guest.greet(resync=False, identity=who)
+            await self.monitor("cont")
+            await self._while_alive(guest.answered(deadline))
+        except BaseException:
+            guest.abort("given up")
+            raise
+        self._take(guest)
+        await self._hooks(who)
+
+    async def _hooks(self, who: Identity) -> None:
+        if self.guest.hooks_due:
+            await self.guest.run_hooks(who.generation, who.hostname, HOOKS_DEADLINE)
+
+    async def pause(self) -> None:
+        """Stand still, the agent between two frames."""
+        await self.guest.quiesce()
+        try:
+            await self.monitor("stop")
+        except BaseException:
+            await self.guest.resume()
+            raise
+
+    async def unpause(self, who: Identity | None = None) -> None:
+        """Go on with the time that it is now. who: under a new identity, for a machine that was parked."""
+        await self.monitor("cont")
+        if self._guest is None or self._guest.closed.done():  # another daemon paused it
+            await self.connect_agent(deadline=BOOT_DEADLINE / 3, resync=True)
+        else:
+            await self.guest.resume()
+        await self.guest.identify(who or Identity.clock())
+        if who:
+            await self._hooks(who)
+
+    async def _while_alive(self, talk: Awaitable[T]) -> T:
+        """Its result; MachineFailedError, with the console's end, when that fails or QEMU dies first."""
+        talking: asyncio.Future[T] = asyncio.ensure_future(talk)
+        both: set[asyncio.Future[Any]] = {talking, self.dead}
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if self.dead.cancelled():
                 raise MachineFailedError("the machine was let go")
-            if self.dead.done() and not connecting.done():
+            if self.dead.done() and not talking.done():
                 await self._settled()
                 death = postmortem(self.files)
                 raise MachineFailedError(death.reason, details={"log": death.log})
-            self._guest = await connecting
+            return await talking
         except (MachineFailedError, OSError) as error:
             log = tail(self.files.console)
-            raise MachineFailedError(
-                getattr(error, "message", str(error)), hint="`ramet logs` shows the guest's console.", details={"log": log}
-            ) from error
+            hint = getattr(error, "hint", "") or "`ramet logs` shows the guest's console."
+            raise MachineFailedError(getattr(error, "message", str(error)), hint=hint, details={"log": log}) from error
         finally:
-            connecting.cancel()
-        self._guest.closed.add_done_callback(self._agent_lost)
+            talking.cancel()
+
+    def _take(self, guest: Guest) -> None:
+        self._guest = guest
+        guest.closed.add_done_callback(self._agent_lost)
 
     def _agent_lost(self, closed: asyncio.Future[str]) -> None:
         if self._pidfd >= 0:  # else we let go ourselves
@@ -222,6 +301,9 @@ class Vm:
     def _event(self, name: str, data: dict[str, Any]) -> None:
         if name == "VSERPORT_CHANGE" and data.get("id") == "agent" and not data.get("open"):
             self._lose("it closed its port")
+        elif name == "MIGRATION" and data.get("status") in ("completed", "failed"):
+            if self._loaded and not self._loaded.done():
+                self._loaded.set_result(str(data["status"]))
         elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
             # QEMU's default for a full disk: the guest stands still instead of being told of an error that it would answer with a read-only disk.
             why = "no space left on the host's disk" if data.get("nospace") else str(data.get("reason"))
@@ -245,7 +327,7 @@ class Vm:
 
     async def usage(self) -> Usage:
         """What this QEMU costs the host now."""
-        return measure(self.pid, self.files.disk)
+        return measure(self.pid, self.files)
 
     async def power_off(self, *, deadline: float | None = None) -> str:
         """The ladder: ask the agent, then ACPI's power button, then QEMU, then SIGKILL. Always ends; returns how, when it had to be impolite."""
@@ -270,9 +352,8 @@ class Vm:
 
     async def _tell_qemu(self, command: str) -> bool:
         """Whether QEMU's monitor took a command."""
-        assert self._qmp
         with contextlib.suppress(RametError):
-            await self._qmp(command)
+            await self.monitor(command)
             return True
         return False
 
@@ -298,17 +379,16 @@ class Vm:
             await self._qmp.close()
 
 
-def measure(pid: int, disk: Path) -> Usage:
-    """PSS of a process (bytes), its cpu time (seconds), and the allocated bytes of a disk file."""
-    memory = 0
+def measure(pid: int, files: MachineDir) -> Usage:
+    """What a process costs (memory in bytes, cpu in seconds), and the allocated bytes of its machine's own overlay."""
+    sizes = {"Pss": 0, "Private_Clean": 0, "Private_Dirty": 0}
     cpu = 0.0
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                memory = int(line.split()[1]) << 10
+            name, _, value = line.partition(":")
+            if name in sizes:
+                sizes[name] = int(value.split()[0]) << 10
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    blocks = 0
-    with contextlib.suppress(FileNotFoundError):
-        blocks = disk.stat().st_blocks * 512
-    return Usage(memory=memory, disk=blocks, cpu=cpu)
+    private = sizes["Private_Clean"] + sizes["Private_Dirty"]
+    return Usage(memory=sizes["Pss"], private=private, disk=disk.allocated(files), cpu=cpu)

@@ -1,0 +1,322 @@
+"""Fork, pause, hibernate, resume, snapshot, rewind: each a few lines over one way to save and one way to start."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Sequence
+
+from ramet import lineage, restoring, saving, snapshot
+from ramet import spec as specs
+from ramet.db import Record
+from ramet.errors import DependentsError, ExistsError, MachineFailedError, RametError, SpecError
+from ramet.lifecycle import Operation
+from ramet.model import Port, Snapshot, SnapshotState, Spec, State
+from ramet.operations import Entry, Operations, log
+from ramet.sealing import Sealer
+
+MOST = 1000  # children of one fork
+_AT_ONCE = 4  # children that are started at the same time; more would only wait for each other
+_EARLY = 1  # children whose QEMUs start before the parent is saved: more would take the processor from the pause
+
+
+class Forks:
+    """What can be done with instants of machines."""
+
+    def __init__(self, ops: Operations) -> None:
+        self._ops = ops
+        self._sealer = Sealer(ops, self.refill)
+
+    # saving
+
+    async def snapshot(self, entry: Entry, label: str, *, memory: bool, test: bool) -> Snapshot:
+        """A named one."""
+        name = snapshot.label(entry.record.name, label or time.strftime("%Y%m%d-%H%M%S"))
+        if any(each.name == name for each in self._ops.snapshots.values()):
+            raise ExistsError(f"there is a snapshot {name} already", hint="Name it otherwise, or `ramet delete` that one.")
+        if memory and entry.record.state is State.STOPPED:
+            raise SpecError(f"{entry.record.name} is stopped: there is no memory to save", hint="`--no-memory` saves its disk.")
+        made: list[Snapshot] = []
+
+        async def work(held: Entry) -> None:
+            made.append(await saving.save(self._ops, held, name=name, memory=memory))
+
+        await self._ops.perform(entry, Operation.SNAPSHOT, work)
+        self._sealer.add(made[0], test=test)
+        await self.sweep()
+        return self._ops.snapshots[made[0].id]
+
+    async def fork(self, entry: Entry, names: Sequence[str]) -> dict[str, Entry | RametError]:
+        """Machines that go on from this one's present instant; what became of each."""
+        self._free(names)
+        gate = asyncio.Semaphore(_AT_ONCE)
+        children: dict[str, asyncio.Task[Entry | RametError]] = {}
+        made: list[Snapshot] = []
+
+        async def work(held: Entry) -> None:
+            whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            async with saving.live(self._ops, held) as save:
+                made.append(save.snapshot)
+                early = names[:_EARLY]  # their QEMUs start while the parent is saved
+                children.update({name: self._ops.spawn(self._child(save.snapshot, name, gate, whole)) for name in early})
+                try:
+                    await save.catch()
+                    await save.keep()
+                except BaseException as error:
+                    whole.set_exception(error if isinstance(error, RametError) else MachineFailedError("the fork was interrupted"))
+                    whole.exception()  # taken here: there may be nobody who waits
+                    raise
+                whole.set_result(None)
+                children.update({name: self._ops.spawn(self._child(save.snapshot, name, gate, whole)) for name in names[_EARLY:]})
+                await save.settle()
+
+        try:
+            await self._ops.perform(entry, Operation.FORK, work)
+        finally:
+            if children:
+                await asyncio.wait(children.values())
+        outcomes = {name: children[name].result() for name in names}
+        self._sealer.add(made[0], test=False)
+        self._ops.spawn(self.sweep())
+        return outcomes
+
+    async def _child(self, found: Snapshot, name: str, gate: asyncio.Semaphore, whole: asyncio.Future[None]) -> Entry | RametError:
+        async with gate:
+            try:
+                return await self._create(found, name, whole)
+            except RametError as error:
+                return error
+
+    def children(self, entry: Entry, count: int) -> list[str]:
+        """Names for children: NAME-1, NAME-2…, those that are free."""
+        if not 1 <= count <= MOST:
+            raise SpecError(f"a fork has 1 to {MOST} children, not {count}")
+        taken = {each.record.name for each in self._ops.entries.values()}
+        free = (f"{entry.record.name}-{number}" for number in range(1, len(taken) + count + 1))
+        return [name for name in free if name not in taken][:count]
+
+    def _free(self, names: Sequence[str]) -> None:
+        taken = {each.record.name for each in self._ops.entries.values()}
+        for name in names:
+            specs.check(Spec(name=name))
+            if name in taken or names.count(name) > 1:
+                raise ExistsError(f"there is a machine {name} already", hint="Name the children otherwise.")
+
+    # starting
+
+    async def create_from(self, found: Snapshot, name: str, *, disk_only: bool = False) -> Entry:
+        """A new machine from a snapshot: a parked one where there is one."""
+        self._free([name])
+        if not disk_only and (parked := self._parked(found)):
+            return await self._claim(parked[0], found, name)
+        return await self._create(dataclasses.replace(found, memory=False, memory_layer="") if disk_only else found, name)
+
+    async def _create(self, found: Snapshot, name: str, whole: asyncio.Future[None] | None = None) -> Entry:
+        entry = self._ops.add(await self._child_record(found, name))
+        await self._ops.perform(entry, Operation.CREATE, lambda held: restoring.bring_back(self._ops, held, found, whole))
+        return entry
+
+    async def _child_record(self, found: Snapshot, name: str) -> Record:
+        ports = tuple(Port(guest=port.guest) for port in found.spec.ports)  # the host's side is taken, or will be
+        boot = await self._ops.host.boot(fresh=False)
+        return Record(
+            id=os.urandom(6).hex(),
+            name=name,
+            state=State.CREATING,
+            spec=dataclasses.replace(found.spec, name=name, ports=ports),
+            created_at=time.time(),
+            image_digest=found.image_digest,
+            initialised=True,
+            accelerator=boot.probe.accelerator,
+            kernel=found.compatibility.kernel if found.compatibility else "",
+            source_id=found.id,
+            snapshot_id=found.id,
+            memory_layer=found.memory_layer,
+        )
+
+    async def restore(self, entry: Entry, name: str) -> None:
+        """Rewind it in place."""
+        found = self._point(entry, name)
+        await restoring.check(self._ops, found)
+        await self._ops.perform(entry, Operation.RESTORE, lambda held: restoring.bring_back(self._ops, held, found))
+        await self.sweep()
+
+    def _point(self, entry: Entry, name: str) -> Snapshot:
+        """Of the machine itself, or the one that it was made from."""
+        if not name:
+            if entry.record.snapshot_id in self._ops.snapshots:
+                return self._ops.snapshots[entry.record.snapshot_id]
+            raise SpecError(f"{entry.record.name} has no snapshot to go back to", hint=f"`ramet snapshot {entry.record.name}` makes one.")
+        own = f"{entry.record.name}@{name}"
+        found = lineage.find(self._ops.snapshots, own if any(own == each.name for each in self._ops.snapshots.values()) else name)
+        if found.machine != entry.record.name and found.id not in (entry.record.snapshot_id, entry.record.source_id):
+            raise SpecError(
+                f"{found.name or found.id} is a snapshot of {found.machine}, not of {entry.record.name}",
+                hint=f"`ramet create --from {found.name or found.id} NAME` makes another machine from it.",
+            )
+        return found
+
+    async def pause(self, entry: Entry) -> None:
+        await self._ops.perform(entry, Operation.PAUSE, lambda held: restoring.pause(self._ops, held))
+
+    async def hibernate(self, entry: Entry) -> None:
+        async def work(held: Entry) -> None:
+            await saving.hibernate(self._ops, held)
+            await self._ops.end(held)
+
+        await self._ops.perform(entry, Operation.HIBERNATE, work)
+        self._sealer.add(self._ops.snapshots[entry.record.snapshot_id], test=False)
+        await self.sweep()
+
+    async def resume(self, entry: Entry) -> None:
+        if entry.record.state is not State.HIBERNATED:
+            await self._ops.perform(entry, Operation.UNPAUSE, lambda held: restoring.unpause(self._ops, held))
+            return
+        found = self._point(entry, "")
+        await restoring.check(self._ops, found)
+        await self._ops.perform(entry, Operation.RESUME, lambda held: restoring.bring_back(self._ops, held, found))
+
+    # templates, and machines that are parked for them
+
+    async def template(self, found: Snapshot, label: str, pool: int) -> Snapshot:
+        """Name a snapshot, and say how many machines are to be parked."""
+        name = snapshot.template_name(label) if label else found.name
+        if not name:
+            raise SpecError("an automatic snapshot needs a name to be a template", hint="`ramet template ID shop:1.0` gives it one.")
+        if not 0 <= pool <= MOST:
+            raise SpecError(f"a pool has 0 to {MOST} machines, not {pool}")
+        if pool and not found.memory:
+            raise SpecError(f"{name} has no memory: its machines would have to boot", hint="Make a snapshot with memory.")
+        if any(each.name == name and each.id != found.id for each in self._ops.snapshots.values()):
+            raise ExistsError(f"there is a snapshot {name} already", hint="Give this one another tag, or `ramet delete` that one.")
+        changed = await self._ops.set_snapshot(found.id, name=name, template=True, pool=pool)
+        self.refill(changed)
+        return changed
+
+    def refill(self, found: Snapshot) -> None:
+        """Make the pool what it should be, in the background."""
+        if found.template and found.state is SnapshotState.READY:
+            self._ops.spawn(self._refill(found.id))
+
+    async def _refill(self, snapshot_id: str) -> None:
+        while (found := self._ops.snapshots.get(snapshot_id)) and found.state is SnapshotState.READY:
+            parked = [each for each in self._ops.entries.values() if each.record.pool == snapshot_id]
+            if len(parked) > found.pool:
+                await self._ops.drop(parked[-1])
+            elif len(parked) == found.pool:
+                return
+            else:
+                await self._park(found)
+
+    async def _park(self, found: Snapshot) -> None:
+        record = await self._child_record(
+            dataclasses.replace(found, spec=dataclasses.replace(found.spec, ports=())), f"pool-{os.urandom(6).hex()}"
+        )
+        entry = self._ops.add(dataclasses.replace(record, pool=found.id))
+
+        async def work(held: Entry) -> None:
+            await restoring.bring_back(self._ops, held, found)
+            assert held.vm
+            await restoring.warm_up(held.vm)
+            await held.vm.pause()
+
+        await self._ops.perform(entry, Operation.PARK, work)
+
+    def _parked(self, found: Snapshot) -> list[Entry]:
+        return [
+            each
+            for each in self._ops.entries.values()
+            if each.record.pool == found.id and each.record.state is State.PAUSED and not each.operation
+        ]
+
+    async def _claim(self, entry: Entry, found: Snapshot, name: str) -> Entry:
+        """A parked machine becomes somebody's: it goes on under the new name."""
+        began = time.monotonic()
+        spec = dataclasses.replace(found.spec, name=name, ports=tuple(Port(guest=port.guest) for port in found.spec.ports))
+
+        async def work(held: Entry) -> None:
+            assert held.vm
+            await self._ops.set(held, name=name, spec=spec, pool="", created_at=time.time())
+            await held.vm.unpause(restoring.identity(held))
+            self._ops.note(held, started_at=time.time(), boot_time=time.monotonic() - began)
+            await restoring.open_ports(self._ops, held)
+
+        try:
+            await self._ops.perform(entry, Operation.CLAIM, work)
+        finally:
+            self.refill(found)
+        return entry
+
+    # deleting
+
+    async def delete(self, found: Snapshot, *, cascade: bool, dry_run: bool) -> list[str]:
+        """Remove a snapshot, and with `cascade` all that stands on it; returns names, in the order in which they go."""
+        records = [each.record for each in self._ops.entries.values()]
+        doomed_machines, doomed_snapshots = _closure(found, records, list(self._ops.snapshots.values()))
+        names = [each.name for each in doomed_machines] + [each.name or each.id for each in doomed_snapshots]
+        if len(names) > 1 and not cascade:
+            others = [name for name in names if name not in (found.name, found.id)]
+            raise DependentsError(
+                f"{found.name or found.id} is needed by {', '.join(others)}",
+                hint="Delete those first, or all with `--cascade`; `--dry-run` shows what would go.",
+                details={"dependents": others},
+            )
+        if dry_run:
+            return names
+        for record in doomed_machines:
+            await self._ops.drop(self._ops.entries[record.id])
+        for each in doomed_snapshots:
+            await self._forget(each)
+        await self.sweep()
+        return names
+
+    async def _forget(self, found: Snapshot) -> None:
+        for entry in [each for each in self._ops.entries.values() if each.record.pool == found.id]:
+            await self._ops.drop(entry)
+        await self._ops.forget_snapshot(found)
+        place = self._ops.state.device_state(found.id).parent
+        await asyncio.to_thread(shutil.rmtree, place, True)
+
+    async def sweep(self) -> None:
+        """Remove automatic snapshots that nobody stands on, then layers that nobody needs."""
+        while doomed := lineage.unneeded([each.record for each in self._ops.entries.values()], self._ops.snapshots.values()):
+            for each in doomed:
+                await self._forget(each)
+        await self._ops.collect()
+
+    async def recover(self) -> None:
+        """After a restart of the daemon: finish what the old one had begun."""
+        for files in restoring.tests_left(self._ops.state.machines):
+            log.info("a test of a snapshot was cut off: %s", files.root.name)
+            await restoring.end_test(files)
+        for found in list(self._ops.snapshots.values()):
+            if found.state in (SnapshotState.SAVING, SnapshotState.TESTING):
+                self._sealer.add(found, test=bool(found.name))
+            elif found.pool:
+                self.refill(found)
+        for entry in list(self._ops.entries.values()):
+            record = entry.record
+            never = (
+                record.source_id and record.source_id not in self._ops.snapshots and record.started_at is None
+            )  # of a fork that was cut off
+            if never or (record.pool and record.state is not State.PAUSED):
+                await self._ops.drop(entry)
+        await self.sweep()
+
+
+def _closure(found: Snapshot, machines: list[Record], snapshots: list[Snapshot]) -> tuple[list[Record], list[Snapshot]]:
+    """All that goes with a snapshot: machines, and snapshots, those that stand on others first."""
+    doomed, going, queue = [], [found], [found]
+    while queue:
+        each = queue.pop()
+        for record in lineage.machines_on(each, machines):
+            if record not in doomed:
+                doomed.append(record)
+        for other in lineage.snapshots_on(each, snapshots):
+            if other not in going:
+                going.append(other)
+                queue.append(other)
+    return doomed, list(reversed(going))

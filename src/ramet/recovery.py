@@ -1,0 +1,113 @@
+"""The daemon's start: make the directories and processes agree with the database, and say in the log what was done."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from ramet import bringup, disks, images, lifecycle
+from ramet.errors import HostError, RametError
+from ramet.model import ImageConfig, State
+from ramet.operations import Entry, Operations, retrieve
+from ramet.vm import capture
+from ramet.vm import machine as vm
+from ramet.vm.machine import Vm
+
+log = logging.getLogger("ramet")
+
+_ADOPTING = 5.0  # seconds that the daemon's start waits for running machines to answer; the rest is found in the background
+
+
+async def reconcile(ops: Operations) -> None:
+    """After this, every machine's record is true."""
+    for doomed in [*ops.state.machines.glob(".deleting-*"), *ops.state.snapshots.glob(".new-*"), *ops.state.snapshots.glob(".deleting-*")]:
+        log.info("finishing the removal of %s", doomed.name)
+        await asyncio.to_thread(bringup.remove_tree, doomed)
+    for snapshot in await ops.db.snapshots():
+        ops.snapshots[snapshot.id] = snapshot
+    adopting = []
+    for record in await ops.db.machines():
+        entry = ops.add(record)
+        found = images.load(ops.state, record.image_digest) if record.image_digest else None
+        entry.image = found.config if found else ImageConfig()
+        adopting.append(asyncio.create_task(_recover(ops, entry)))
+    known = {*ops.entries, *ops.snapshots}
+    for path in [*ops.state.machines.iterdir(), *ops.state.snapshots.iterdir()]:
+        if path.name not in known and not path.name.startswith("."):
+            log.warning("%s belongs to nothing in the database; it is left alone", path)
+    if adopting:
+        _, late = await asyncio.wait(adopting, timeout=_ADOPTING)
+        for task in late:
+            ops.keep(task)
+    for task in adopting:
+        task.add_done_callback(retrieve)
+
+
+async def _recover(ops: Operations, entry: Entry) -> None:
+    """One machine after a restart of the daemon."""
+    record = entry.record
+    files = ops.state.machine(record.id)
+    alive = vm.is_alive(files)
+    live = {State.RUNNING, State.PAUSED} | ({State.HIBERNATING} if alive else set())
+    if record.state in lifecycle.INTERRUPTED and record.state not in live:
+        after = lifecycle.INTERRUPTED[record.state]
+        log.info("%s was %s when the daemon ended: now %s", record.name, record.state, after or "deleted")
+        if after is None:
+            await ops.remove(entry)
+            return
+        await ops.end(entry)
+        await _settle(ops, entry, None)
+        reason = f"the daemon ended while it was {record.state}" if after is State.FAILED else ""
+        await ops.set(entry, state=after, reason=reason)
+    elif record.state in live and alive:
+        await _adopt(ops, entry)
+    elif record.state in live:
+        await ops.end(entry)
+        await _settle(ops, entry, None)
+        death = vm.postmortem(files)
+        log.info("%s ended while no daemon ran: %s", record.name, death.reason)
+        await ops.set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
+    else:
+        if alive:
+            log.info("%s is %s but a process of it lives: ended", record.name, record.state)
+            await ops.end(entry)
+        await _settle(ops, entry, None)
+
+
+async def _settle(ops: Operations, entry: Entry, active: int | None) -> None:
+    """Put the disk right where a save was cut off."""
+    try:
+        await disks.settle(ops.state, ops.store, ops.state.machine(entry.record.id), entry.record.image_digest, active)
+    except RametError as error:
+        log.error("the disk of %s: %s", entry.record.name, error.message)
+
+
+async def _adopt(ops: Operations, entry: Entry) -> None:
+    """Take a machine that lives over from a daemon that is gone, and make it what the record says it is: a save may have been cut off."""
+    files = ops.state.machine(entry.record.id)
+    try:
+        machine = await Vm.adopt(files)
+        entry.vm = machine
+        if entry.record.memory_layer or disks.layer_of(files):
+            await ops.use_layers()
+        await _settle(ops, entry, await capture.active_overlay(machine))
+        if entry.record.state is State.PAUSED:
+            await machine.monitor("stop")
+            ops.watch(entry, machine)
+            return
+        if not await machine.running():
+            log.info("%s stood still when the daemon ended: it goes on", entry.record.name)
+            await machine.monitor("cont")
+        await machine.connect_agent(deadline=vm.BOOT_DEADLINE / 3, resync=True)
+    except RametError as error:
+        await ops.set(entry, state=State.FAILED, reason=f"it could not be found again after a restart of the daemon: {error.message}")
+        return
+    log.info("%s runs on (QEMU %d)", entry.record.name, machine.pid)
+    if entry.record.state is State.HIBERNATING:
+        await ops.set(entry, state=State.RUNNING)
+    ops.watch(entry, machine)
+    for port in entry.record.spec.ports:
+        try:
+            await ops.open_port(entry, port)
+        except (HostError, RametError) as error:
+            await ops.set(entry, reason=error.message)

@@ -1,0 +1,165 @@
+"""Starting from a snapshot: a machine goes on from that instant, with the right time, a name of its own and randomness of its own, or it does not start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from pathlib import Path
+
+from ramet import bringup, commands, disks, images, snapshot
+from ramet.errors import ImageError, LayerError, RametError
+from ramet.identity import Identity
+from ramet.model import Command, Compatibility, Snapshot, SnapshotState, Spec, State
+from ramet.operations import Entry, Operations, log
+from ramet.paths import MachineDir
+from ramet.vm.machine import Vm, kill
+
+ANSWER_DEADLINE = 60.0  # seconds until the agent of a restored machine has answered: 0.1, on an idle host
+_TEST = ".testing-"
+
+
+def identity(entry: Entry) -> Identity:
+    """What makes a copy a machine of its own."""
+    return Identity(hostname=entry.record.name, machine_id=bringup.machine_id(entry.record.id), generation=str(uuid.uuid4()))
+
+
+async def here(ops: Operations, spec: Spec) -> Compatibility:
+    """What a start from a snapshot of such a machine would be under, on this host and now."""
+    boot = await ops.host.boot(fresh=False)
+    config = bringup.config(spec, boot, ops.host.network)
+    return snapshot.compatibility(config, await ops.host.qemu_version(), ops.host.cpu, boot.kernel.version)
+
+
+async def check(ops: Operations, found: Snapshot) -> None:
+    """Whether a machine can be started from it: IncompatibleError, LayerError or ImageError say why not."""
+    if found.state is SnapshotState.BROKEN:
+        raise LayerError(f"snapshot {found.name or found.id} is broken: {found.reason}", hint="`ramet snapshots` shows others.")
+    if images.load(ops.state, found.image_digest) is None:
+        raise ImageError(f"the image {found.image_digest} that {found.name or found.id} stands on is gone")
+    if found.memory:
+        snapshot.require_fit(found, await here(ops, found.spec))
+
+
+async def launch(ops: Operations, found: Snapshot, files: MachineDir, spec: Spec) -> Vm:
+    """A QEMU for the snapshot's memory and disk, which it does not read yet: they may still be in the making."""
+    await ops.use_layers()
+    files.root.mkdir(mode=0o700, exist_ok=True)
+    made = await disks.make(files, found.disk_layer, found.spec.disk)
+    boot = await ops.host.boot(fresh=False)
+    where = disks.argument(ops.state, files, made, found.image_digest)
+    config = bringup.config(spec, boot, ops.host.network, disk=where, memory_file=ops.state.store.served(found.memory_layer))
+    return await Vm.launch(files, config, boot.binaries.shim)
+
+
+async def go_on(ops: Operations, found: Snapshot, machine: Vm, who: Identity) -> None:
+    """Let it go on from the snapshot's instant, as somebody of its own. It does not live when that fails."""
+    try:
+        await machine.go_on(ops.state.device_state(found.id), who, deadline=ANSWER_DEADLINE)
+    except BaseException:
+        await machine.kill()
+        raise
+
+
+async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyncio.Future[None] | None = None) -> None:
+    """Let the machine go on from a snapshot; whatever it was before is ended and its disk forgotten. whole: done when the snapshot is, where it is not yet."""
+    began = time.monotonic()
+    await ops.end(entry)
+    if not whole:
+        await check(ops, found)
+    image = images.load(ops.state, found.image_digest)
+    entry.image = image.config if image else entry.image
+    boot = await ops.host.boot(fresh=False)
+    files = ops.state.machine(entry.record.id)
+    after = {
+        "snapshot_id": found.id,
+        "memory_layer": found.memory_layer,
+        "image_digest": found.image_digest,
+        "initialised": True,
+        "accelerator": boot.probe.accelerator,
+        "kernel": found.compatibility.kernel if found.compatibility else "",
+    }
+    if any(getattr(entry.record, name) != value for name, value in after.items()):
+        await ops.set(entry, **after)  # before anything runs: a collection of layers must see what it needs
+    if not found.memory:
+        files.root.mkdir(mode=0o700, exist_ok=True)
+        await disks.make(files, found.disk_layer, found.spec.disk)
+        await ops.bring_up(entry)
+        return
+    ops.doing(entry, "starting QEMU")
+    entry.vm = await launch(ops, found, files, entry.record.spec)
+    limits = asyncio.ensure_future(asyncio.to_thread(bringup.limit, ops.host, entry.record.id, entry.record.spec, files))
+    try:
+        if whole:
+            ops.doing(entry, "waiting for the snapshot")
+            await asyncio.shield(whole)
+        ops.doing(entry, "loading the devices")
+        await go_on(ops, found, entry.vm, identity(entry))
+    finally:
+        await limits
+    ops.note(entry, started_at=time.time(), boot_time=time.monotonic() - began)
+    ops.watch(entry, entry.vm)
+    await open_ports(ops, entry)
+
+
+async def open_ports(ops: Operations, entry: Entry) -> None:
+    """Those that the spec wants; the machine is usable without."""
+    for port in entry.record.spec.ports:
+        try:
+            await ops.open_port(entry, port)
+        except (RametError, OSError) as error:
+            await ops.set(entry, reason=str(error))
+
+
+async def warm_up(machine: Vm) -> None:
+    """Run one throw-away command: under emulation, code that a QEMU has not run yet must be translated first, which is most of a first command's time."""
+    command = Command(argv=("true",), timeout=30)
+    try:
+        await commands.run(machine.guest, command, b"")
+    except RametError as error:
+        log.info("a parked machine could not run `true`: %s", error.message)
+
+
+async def test(ops: Operations, found: Snapshot) -> str:
+    """Start from a snapshot once, in a directory of its own; why that failed, or nothing."""
+    files = MachineDir(root=ops.state.machines / f"{_TEST}{found.id}")
+    who = Identity(hostname=found.spec.name, machine_id=os.urandom(16).hex(), generation=str(uuid.uuid4()))
+    try:
+        await check(ops, found)
+        machine = await launch(ops, found, files, found.spec)
+        try:
+            await go_on(ops, found, machine, who)
+            await machine.guest.ping()
+        finally:
+            await machine.kill()
+    except RametError as error:
+        return error.message
+    finally:
+        await end_test(files)
+    return ""
+
+
+def tests_left(state_machines: Path) -> list[MachineDir]:
+    """Directories of tests that a crash interrupted."""
+    return [MachineDir(root=path) for path in state_machines.glob(f"{_TEST}*")]
+
+
+async def end_test(files: MachineDir) -> None:
+    """Remove what is left of one."""
+    await kill(files)
+    await asyncio.to_thread(bringup.remove_tree, files.root)
+
+
+async def pause(ops: Operations, entry: Entry) -> None:
+    """Stand still between two frames, the host's side of the streams kept."""
+    assert entry.vm
+    await entry.vm.pause()
+
+
+async def unpause(ops: Operations, entry: Entry) -> None:
+    """Go on, with the time that it is now."""
+    assert entry.vm
+    await entry.vm.unpause()
+    if entry.record.state is State.PAUSED and not entry.forwards:
+        await open_ports(ops, entry)

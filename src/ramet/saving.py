@@ -1,0 +1,277 @@
+"""Saving a machine: an instant is caught, becomes layers and a record, and only then counts.
+
+Every step is told as an activity. What a crash leaves: before the record is written, layers that nobody names (removed by the next collection) and a disk
+that `disks.settle` puts right; afterwards the snapshot is whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+from ramet import bringup, disks, snapshot
+from ramet.errors import MachineFailedError, RametError
+from ramet.model import Compatibility, Snapshot, SnapshotState, State
+from ramet.operations import Entry, Operations, log
+from ramet.store.layer import Kind, Layer
+from ramet.store.runs import Runs
+from ramet.store.store import Draft
+from ramet.vm import capture, disk
+from ramet.vm.capture import Capture
+from ramet.vm.disk import DiskState
+from ramet.vm.machine import Vm
+from ramet.vm.memory import PAGE
+
+
+@dataclasses.dataclass(kw_only=True)
+class Save:
+    """A save of a live machine that goes on: `catch` the instant, `keep` it, `settle` the machine.
+
+    snapshot: complete from the begin on but for the pause, so that a QEMU may be started for it before it is whole. disk: what the machine has now.
+    """
+
+    ops: Operations
+    entry: Entry
+    machine: Vm
+    snapshot: Snapshot
+    staged: Path
+    disk: DiskState
+    layers: dict[Kind, Draft]
+    wanted: Capture
+
+    async def catch(self) -> None:
+        """The pause."""
+        memory = self.layers.get(Kind.MEMORY)
+        spool = os.open(memory.spool, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600) if memory else None
+        try:
+            await capture.capture(self.machine, self.wanted, spool, self._step)
+        finally:
+            if spool is not None:
+                os.close(spool)
+        self.snapshot = dataclasses.replace(self.snapshot, pause=self.wanted.pause)
+
+    async def keep(self) -> None:
+        """From here on the snapshot exists, and can be started from."""
+        self._step("keeping the snapshot")
+        await asyncio.to_thread(self._publish)
+        self._step("recording the snapshot")
+        await _record(self.ops, self.entry, self.snapshot, self.staged)
+
+    def _publish(self) -> None:
+        files = self.machine.files
+        disks.publish(self.ops.store, files, self.disk, self.layers[Kind.DISK])
+        if memory := self.layers.get(Kind.MEMORY):
+            self.ops.store.publish(memory, _packed(self.wanted), durable=False)
+
+    async def settle(self) -> None:
+        """The machine's disk stands on the layer, for good and in one step, however many saves there were."""
+        self._step("keeping the disk")
+        await asyncio.to_thread(disks.commit, self.ops.store, self.machine.files, self.disk, self.snapshot.disk_layer)
+        try:
+            await capture.rebase(self.machine, self.disk.number + 1, self.ops.state.store.served(self.snapshot.disk_layer))
+        except RametError as error:
+            log.warning("the disk chain of %s stays longer than it needs to be: %s", self.entry.record.name, error.message)
+
+    def _step(self, text: str) -> None:
+        self.ops.doing(self.entry, text)
+
+
+@contextlib.asynccontextmanager
+async def live(ops: Operations, entry: Entry, *, name: str = "", memory: bool = True) -> AsyncIterator[Save]:
+    """A save of a machine that runs or is paused; what was not kept in the body is gone afterwards. name: empty for an automatic one."""
+    assert entry.vm
+    made = _new(entry, name, memory)
+    async with ops.layers_in_use(), _disk_of(ops, entry) as found:
+        with _staged(ops, made.id) as staged, contextlib.ExitStack() as stack:
+            layers = {Kind.DISK: stack.enter_context(disks.draft(ops.state, ops.store, found, made.image_digest))}
+            changes: dict[str, Any] = {"disk_layer": layers[Kind.DISK].id}
+            if memory:
+                layers[Kind.MEMORY] = stack.enter_context(_memory_draft(ops, entry))
+                changes |= {"memory_layer": layers[Kind.MEMORY].id, "compatibility": await _compatibility(ops, entry)}
+            wanted = await _wanted(entry, found, staged if memory else None)
+            made = dataclasses.replace(made, **changes)
+            save = Save(ops=ops, entry=entry, machine=entry.vm, snapshot=made, staged=staged, disk=found, layers=layers, wanted=wanted)
+            try:
+                yield save
+            except BaseException:
+                if not wanted.frozen:
+                    wanted.next_overlay.unlink(missing_ok=True)
+                raise
+
+
+@contextlib.asynccontextmanager
+async def _disk_of(ops: Operations, entry: Entry) -> AsyncIterator[DiskState]:
+    """What the machine has. Where the body fails after the disk was frozen, the machine writes to the next overlay already: it must have its place."""
+    await ops.use_layers()
+    files = ops.state.machine(entry.record.id)
+    found = disk.read(files)
+    if found is None:
+        raise MachineFailedError(f"{entry.record.name} has no disk yet", hint="Start it once.")
+    try:
+        yield found
+    except BaseException:
+        if entry.vm:
+            active = None if entry.vm.dead.done() else await capture.active_overlay(entry.vm)
+            await disks.settle(ops.state, ops.store, files, entry.record.image_digest, active)
+        raise
+
+
+async def save(ops: Operations, entry: Entry, *, name: str, memory: bool) -> Snapshot:
+    """Save a machine that runs or is paused, or without memory one that is stopped."""
+    if entry.vm:
+        async with live(ops, entry, name=name, memory=memory) as made:
+            await made.catch()
+            await made.keep()
+            await made.settle()
+        return made.snapshot
+    found = _new(entry, name, memory)
+    async with ops.layers_in_use(), _disk_of(ops, entry) as had:
+        files = ops.state.machine(entry.record.id)
+        ops.doing(entry, "freezing the disk")
+        await disks.add(files, had)
+        layer = await disks.freeze(ops.state, ops.store, files, found.image_digest)
+        found = dataclasses.replace(found, disk_layer=layer.id)
+        await _record(ops, entry, found, None)
+    return found
+
+
+async def hibernate(ops: Operations, entry: Entry) -> Snapshot:
+    """Save a machine and end its QEMU. Nothing waits for it to go on, so its pages are compressed straight from its memory."""
+    machine = entry.vm
+    assert machine
+    made = _new(entry, "", True)
+
+    def step(text: str) -> None:
+        ops.doing(entry, text)
+
+    async with ops.layers_in_use(), _disk_of(ops, entry) as found:
+        with _staged(ops, made.id) as staged:
+            compatibility = await _compatibility(ops, entry)
+            wanted = await _wanted(entry, found, staged)
+            await capture.prepare(machine, wanted)
+            began = time.monotonic()
+            async with capture.still(machine, step) as stillness:
+                await capture.catch(machine, wanted, None, step)
+                step("keeping the disk")
+                below = await disks.freeze(ops.state, ops.store, machine.files, made.image_digest)
+                memory = await _sealed(ops, entry, machine, wanted)
+                changes = {"disk_layer": below.id, "memory_layer": memory.id, "pause": time.monotonic() - began}
+                made = dataclasses.replace(made, compatibility=compatibility, **changes)  # type: ignore[arg-type]
+                step("recording the snapshot")
+                await _record(ops, entry, made, staged, into=State.HIBERNATED)
+                stillness.go_on = False
+    return made
+
+
+def _new(entry: Entry, name: str, memory: bool) -> Snapshot:
+    record = entry.record
+    return Snapshot(
+        id=os.urandom(6).hex(),
+        name=name,
+        machine=record.name,
+        state=SnapshotState.SAVING,
+        created_at=time.time(),
+        memory=memory,
+        spec=record.spec,
+        parent=record.snapshot_id,
+        image_digest=record.image_digest,
+    )
+
+
+@contextlib.contextmanager
+def _staged(ops: Operations, snapshot_id: str) -> Iterator[Path]:
+    """A directory for what is not a layer; gone afterwards, unless it was published."""
+    staged = ops.state.snapshots / f".new-{snapshot_id}"
+    staged.mkdir(mode=0o700)
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _publish_directory(staged: Path, final: Path) -> None:
+    """Durable, then under its name."""
+    for path in (*staged.iterdir(), staged):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    staged.rename(final)
+
+
+async def _record(ops: Operations, entry: Entry, made: Snapshot, staged: Path | None, *, into: State | None = None) -> None:
+    """The moment from which the snapshot exists, and the machine stands on it. into: the machine's state from then on."""
+    place = ops.state.device_state(made.id).parent
+    if staged and made.memory:
+        await asyncio.to_thread(_publish_directory, staged, place)
+    record = dataclasses.replace(entry.record, snapshot_id=made.id)
+    if into:
+        record = dataclasses.replace(record, state=into, memory_layer="")
+    try:
+        await ops.db.add_snapshot(made, record)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    ops.snapshots[made.id] = made
+    ops.replace(entry, record)
+
+
+async def _wanted(entry: Entry, found: DiskState, staged: Path | None) -> Capture:
+    """What to catch, with the file of the overlay that the machine will get."""
+    assert entry.vm
+    overlay = await disks.add(entry.vm.files, found)
+    return Capture(number=found.number, next_overlay=overlay, state=staged / "state" if staged else None, size=entry.record.spec.memory)
+
+
+def _memory_draft(ops: Operations, entry: Entry) -> Draft:
+    return ops.store.draft(Kind.MEMORY, entry.record.spec.memory, parent=entry.record.memory_layer)
+
+
+def _packed(wanted: Capture) -> Runs:
+    """Where the pages lie in a file that holds them one after the other."""
+
+    def runs() -> Iterator[tuple[int, int, int]]:
+        at = 0
+        for first, count in wanted.spans:
+            yield first, count, at
+            at += count
+
+    return Runs.build(runs())
+
+
+async def _sealed(ops: Operations, entry: Entry, machine: Vm, wanted: Capture) -> Layer:
+    """A layer of the memory of a process that stands still."""
+    at = wanted.base // PAGE
+    runs = Runs.build((first, count, at + first) for first, count in wanted.spans)
+    loop = asyncio.get_running_loop()
+
+    def progress(fraction: float) -> None:
+        loop.call_soon_threadsafe(ops.doing, entry, "saving memory", fraction)
+
+    def work() -> Layer:
+        memory = os.open(f"/proc/{machine.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with _memory_draft(ops, entry) as draft:
+                return ops.store.publish_sealed(draft, memory, runs, progress=progress)
+        finally:
+            os.close(memory)
+
+    return await asyncio.to_thread(work)
+
+
+async def _compatibility(ops: Operations, entry: Entry) -> Compatibility:
+    """What the running machine is; its QEMU is asked, for the host's may have been replaced since it started."""
+    assert entry.vm
+    boot = await ops.host.boot(fresh=False)
+    version = (await entry.vm.monitor("query-version"))["qemu"]
+    config = bringup.config(entry.record.spec, boot, ops.host.network)
+    config = dataclasses.replace(config, accelerator=entry.record.accelerator or config.accelerator)
+    return snapshot.compatibility(config, "{major}.{minor}.{micro}".format(**version), ops.host.cpu, entry.record.kernel)

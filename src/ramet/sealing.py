@@ -1,0 +1,67 @@
+"""What is done to a snapshot after its machine runs again: compressing and hashing, in a process of its own, one at a time, then a first start to prove it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+
+from ramet import process, restoring
+from ramet.errors import NoSpaceError, RametError
+from ramet.model import Snapshot, SnapshotState
+from ramet.operations import Operations, log
+
+_DEADLINE = 3600.0  # seconds for the layers of one snapshot
+_NICE = 15  # machines come first
+
+
+class Sealer:
+    """A queue with one worker. done: told of each snapshot that became ready."""
+
+    def __init__(self, ops: Operations, done: Callable[[Snapshot], None]) -> None:
+        self._ops = ops
+        self._done = done
+        self._queue: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+        self._worker: asyncio.Task[None] | None = None
+
+    def add(self, snapshot: Snapshot, *, test: bool) -> None:
+        """test: start it once before it is ready."""
+        self._queue.put_nowait((snapshot.id, test))
+        if self._worker is None or self._worker.done():
+            self._worker = self._ops.spawn(self._work())
+
+    async def _work(self) -> None:
+        while not self._queue.empty():
+            snapshot_id, test = self._queue.get_nowait()
+            try:
+                await self._seal(snapshot_id, test)
+            except RametError as error:
+                log.error("snapshot %s: %s", snapshot_id, error.message)
+
+    async def _seal(self, snapshot_id: str, test: bool) -> None:
+        found = self._ops.snapshots.get(snapshot_id)
+        if found is None:
+            return
+        reason = ""
+        try:
+            async with self._ops.layers_in_use():
+                await self._compress([layer for layer in (found.disk_layer, found.memory_layer) if layer])
+        except NoSpaceError as error:
+            log.warning("%s stays uncompressed: %s", found.name or found.id, error.message)
+        except RametError as error:
+            reason = error.message
+        if snapshot_id not in self._ops.snapshots:
+            return
+        if test and found.memory and not reason:
+            await self._ops.set_snapshot(snapshot_id, state=SnapshotState.TESTING)
+            reason = await restoring.test(self._ops, found)
+            if reason:
+                log.warning("%s did not pass its test: %s", found.name or found.id, reason)
+        if snapshot_id in self._ops.snapshots:
+            state = SnapshotState.BROKEN if reason else SnapshotState.READY
+            self._done(await self._ops.set_snapshot(snapshot_id, state=state, reason=reason))
+
+    async def _compress(self, layers: list[str]) -> None:
+        words = [sys.executable, "-P", "-m", "ramet.store.seal", str(self._ops.state.store.root), *layers]
+        finished = await process.run(words, deadline=_DEADLINE, nice=_NICE, apart=True)
+        finished.check("compressing a snapshot")

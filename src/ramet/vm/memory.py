@@ -1,0 +1,106 @@
+"""A guest's memory as its QEMU holds it: which pages are private to the process, and their contents."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+
+PAGE = 4096
+
+# ioctl PAGEMAP_SCAN (Linux 6.7, include/uapi/linux/fs.h): _IOWR('f', 16, struct pm_scan_arg), which is twelve u64.
+_PAGEMAP_SCAN = 0xC0606610
+_ARGUMENTS = struct.Struct("<12Q")
+_REGION = struct.Struct("<3Q")
+_FILE, _PRESENT, _SWAPPED, _ZERO = 1 << 2, 1 << 3, 1 << 4, 1 << 5  # PAGE_IS_*
+_REGIONS = 8192  # that one call can return
+_COPY = 1 << 20  # bytes moved at a time
+
+# Bits of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst)
+_BIT_PRESENT, _BIT_SWAPPED, _BIT_FILE = 1 << 63, 1 << 62, 1 << 61
+
+
+def private(pid: int, base: int, size: int) -> list[tuple[int, int]]:
+    """The pages of [base, base + size) that the process wrote: (first page, count), counted from `base`, in order.
+
+    Written pages are anonymous: in a private mapping of a file as much as in plain memory. What was only read is the file's, or the zero page.
+    Takes time by what is present, not by `size`, on Linux 6.7 and newer; before that 10 to 20 ms for each GiB.
+    """
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            regions = list(_scan(fd, base, base + size))
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                raise
+            regions = list(_walk(fd, base, base + size))
+    finally:
+        os.close(fd)
+    return [((start - base) // PAGE, (end - start) // PAGE) for start, end in _merged(regions)]
+
+
+def _scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """By the ioctl: present or swapped, and neither a file's page nor the zero page."""
+    buffer = ctypes.create_string_buffer(_REGION.size * _REGIONS)
+    while start < end:
+        wanted = (_FILE | _ZERO, _FILE | _ZERO, _PRESENT | _SWAPPED, _PRESENT | _SWAPPED)  # inverted, all of, any of, returned
+        arguments = bytearray(_ARGUMENTS.pack(_ARGUMENTS.size, 0, start, end, 0, ctypes.addressof(buffer), _REGIONS, 0, *wanted))
+        found = fcntl.ioctl(fd, _PAGEMAP_SCAN, arguments, True)
+        start = _ARGUMENTS.unpack(arguments)[4]  # walk_end
+        for first, last, _ in _REGION.iter_unpack(buffer.raw[: found * _REGION.size]):
+            yield first, last
+
+
+def _walk(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """By reading every page's word."""
+    step = 1 << 16
+    for at in range(start // PAGE, end // PAGE, step):
+        words = array.array("Q", os.pread(fd, 8 * min(step, end // PAGE - at), 8 * at))
+        for page, word in enumerate(words, at):
+            if word & _BIT_SWAPPED or (word & _BIT_PRESENT and not word & _BIT_FILE):
+                yield page * PAGE, (page + 1) * PAGE
+
+
+def _merged(regions: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbours as one (the categories of a page may differ where ours do not)."""
+    last: tuple[int, int] | None = None
+    for start, end in regions:
+        if last and last[1] == start:
+            last = (last[0], end)
+            continue
+        if last:
+            yield last
+        last = (start, end)
+    if last:
+        yield last
+
+
+def copy(pid: int, base: int, spans: list[tuple[int, int]], out: int) -> int:
+    """Append the contents of pages of a stopped process to the file `out`, packed; returns bytes."""
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    buffer = memoryview(bytearray(_COPY))
+    total = filled = 0
+    try:
+        for first, count in spans:
+            at, end = base + first * PAGE, base + (first + count) * PAGE
+            while at < end:
+                n = os.preadv(memory, [buffer[filled : filled + min(end - at, _COPY - filled)]], at)
+                if n <= 0:
+                    raise OSError(errno.EIO, "the process's memory went away")
+                at, filled, total = at + n, filled + n, total + n
+                if filled == _COPY:
+                    _write(out, buffer)
+                    filled = 0
+        _write(out, buffer[:filled])
+    finally:
+        os.close(memory)
+    return total
+
+
+def _write(out: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(out, data) :]
