@@ -95,6 +95,13 @@ static int builtin_chown(char **argv)
 	return lchown(argv[1], (uid_t)uid, (gid_t)gid) < 0 ? builtin_fail(argv[1]) : 0;
 }
 
+static int builtin_sync(char **argv)
+{
+	(void)argv;
+	sync();
+	return 0;
+}
+
 static const struct builtin {
 	const char *name;
 	int (*run)(char **argv);
@@ -104,6 +111,7 @@ static const struct builtin {
 	{"list", builtin_list, 1, 1},     {"remove", builtin_remove, 1, 2}, {"rename", builtin_rename, 2, 2},
 	{"mkdir", builtin_mkdir, 2, 3},   {"chmod", builtin_chmod, 2, 2},   {"chown", builtin_chown, 3, 3},
 	{"pack", builtin_pack, 1, 1},     {"unpack", builtin_unpack, 1, 2}, {"hooks", builtin_hooks, 2, 2},
+	{"sync", builtin_sync, 0, 0},
 };
 
 static const struct builtin *find(const char *name)

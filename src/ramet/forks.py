@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -70,6 +71,7 @@ class Forks:
                     whole.exception()  # taken here: there may be nobody who waits
                     raise
                 whole.set_result(None)
+                self._ops.spawn(self._warm(held, save.snapshot))
                 children.update({name: self._ops.spawn(self._child(save.snapshot, name, gate, whole)) for name in names[_EARLY:]})
                 await save.settle()
 
@@ -79,9 +81,17 @@ class Forks:
             if children:
                 await asyncio.wait(children.values())
         outcomes = {name: children[name].result() for name in names}
+        if not entry.touched:
+            with contextlib.suppress(OSError):
+                entry.touched = await self._ops.layers.touched(made[0].memory_layer)
         self._sealer.add(made[0], test=False)
         self._ops.spawn(self.sweep())
         return outcomes
+
+    async def _warm(self, entry: Entry, found: Snapshot) -> None:
+        """A child's first instructions fault on the same pages as those of its elder siblings: 60 faults of 0.4 ms each, one after the other."""
+        with contextlib.suppress(OSError):
+            await self._ops.layers.prefetch(found.memory_layer, entry.touched)
 
     async def _child(self, found: Snapshot, name: str, gate: asyncio.Semaphore, whole: asyncio.Future[None]) -> Entry | RametError:
         async with gate:

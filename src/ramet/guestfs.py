@@ -128,3 +128,12 @@ def pack(guest: Guest, path: str, user: str) -> AsyncIterator[bytes]:
 
 async def unpack(guest: Guest, path: str, data: AsyncIterable[bytes], *, owners: bool, user: str) -> None:
     await _feed(_start(guest, user, "unpack", path, "o" if owners else "", stdin=True), data)
+
+
+async def sync(guest: Guest, deadline: float) -> None:
+    """Have the guest write all that it holds back to its disk."""
+    try:
+        async with asyncio.timeout(deadline):
+            await _call(guest, "", "sync")
+    except TimeoutError:
+        raise GuestError(f"the guest did not write its files to the disk within {deadline:.0f} s") from None

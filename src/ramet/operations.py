@@ -21,6 +21,7 @@ from ramet.host import Host
 from ramet.lifecycle import Operation
 from ramet.model import Activity, Event, Image, ImageConfig, InitMode, Port, Snapshot, State
 from ramet.paths import StateDir
+from ramet.store import mounting
 from ramet.store.mounting import ImageFs
 from ramet.store.store import Store
 from ramet.units import format_size
@@ -46,6 +47,8 @@ class Entry:
     operation: Operation | None = None
     task: asyncio.Task[None] | None = None
     activity: Activity | None = None
+    started: float = 0.0  # when its QEMU was; Unix time
+    touched: list[tuple[int, int]] = field(default_factory=list)  # what children of earlier forks needed of its memory first
     streams: dict[int, Stream] = field(default_factory=dict)
     forwards: dict[int, Forward] = field(default_factory=dict)
 
@@ -311,6 +314,12 @@ class Operations:
                 entry, state=State.FAILED, reason=f"{reason}; `ramet restore` goes back to its last snapshot, `ramet start` boots its disk"
             )
 
+    def unserved(self, entry: Entry) -> str:
+        """Why a QEMU got SIGBUS instead of its memory: what could not be read of its layers, in a sentence that names it."""
+        since = entry.started or entry.record.started_at or 0.0
+        found = mounting.faults(self.state.store, entry.record.memory_layer, since) if entry.record.memory_layer else []
+        return f"its memory could not be read: {found[-1].message}" if found else ""
+
     def _stands_on(self, entry: Entry) -> str:
         return disks.layer_of(self.state.machine(entry.record.id))
 
@@ -406,8 +415,9 @@ class Operations:
             return
         await self.end(entry)
         death = vm.postmortem(machine.files)
-        log.warning("%s ended: %s", entry.record.name, death.reason)
-        await self.set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
+        reason = self.unserved(entry) or death.reason
+        log.warning("%s ended: %s", entry.record.name, reason)
+        await self.set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=reason)
 
     async def _lost(self, entry: Entry, machine: Vm) -> None:
         """The agent's line broke while QEMU runs: connect again, unless it is dying anyway or the agent is gone for good."""

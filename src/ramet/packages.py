@@ -58,6 +58,7 @@ PACKAGES = (
     _package(
         Need.MACHINES, "debian-archive-keyring", "verifies those packages' signatures", "/usr/share/keyrings/debian-archive-keyring.gpg"
     ),
+    _package(Need.MACHINES, "fuse3", "mounts what snapshots are served from, without root", "fusermount3", rootless=True),
     _package(Need.MACHINES, "uidmap", "keeps the owners of an image's files without root", "newuidmap", "newgidmap", rootless=True),
     _package(Need.MACHINES, "util-linux", "runs programs in namespaces", "unshare", "setpriv"),
     _package(Need.MACHINES, "musl-tools", "compiles the agent that is in every machine (a static C program)", "musl-gcc"),

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 from ramet import bringup, commands, disks, images, snapshot
-from ramet.errors import ImageError, LayerError, RametError
+from ramet.errors import ImageError, LayerError, MachineFailedError, RametError
 from ramet.identity import Identity
 from ramet.model import Command, Compatibility, Snapshot, SnapshotState, Spec, State
 from ramet.operations import Entry, Operations, log
@@ -88,6 +88,7 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
         await ops.bring_up(entry)
         return
     ops.doing(entry, "starting QEMU")
+    entry.started = time.time()
     entry.vm = await launch(ops, found, files, entry.record.spec)
     limits = asyncio.ensure_future(asyncio.to_thread(bringup.limit, ops.host, entry.record.id, entry.record.spec, files))
     try:
@@ -96,6 +97,10 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
             await asyncio.shield(whole)
         ops.doing(entry, "loading the devices")
         await go_on(ops, found, entry.vm, identity(entry))
+    except MachineFailedError as error:
+        if reason := ops.unserved(entry):
+            raise LayerError(reason, hint="`ramet layer verify` checks a layer; start from another snapshot.") from error
+        raise
     finally:
         await limits
     ops.note(entry, started_at=time.time(), boot_time=time.monotonic() - began)

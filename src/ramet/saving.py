@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from ramet import bringup, disks, snapshot
+from ramet import bringup, disks, guestfs, snapshot
 from ramet.errors import MachineFailedError, RametError
 from ramet.model import Compatibility, Snapshot, SnapshotState, State
 from ramet.operations import Entry, Operations, log
@@ -28,6 +28,8 @@ from ramet.vm.capture import Capture
 from ramet.vm.disk import DiskState
 from ramet.vm.machine import Vm
 from ramet.vm.memory import PAGE
+
+_SYNC_DEADLINE = 120.0  # seconds for a guest to write back what it holds, before its disk is saved without its memory
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -95,8 +97,11 @@ async def live(ops: Operations, entry: Entry, *, name: str = "", memory: bool = 
             if memory:
                 layers[Kind.MEMORY] = stack.enter_context(_memory_draft(ops, entry))
                 changes |= {"memory_layer": layers[Kind.MEMORY].id, "compatibility": await _compatibility(ops, entry)}
-            wanted = await _wanted(entry, found, staged if memory else None)
+            elif entry.record.state is State.RUNNING:
+                ops.doing(entry, "writing the files to the disk")
+                await guestfs.sync(entry.vm.guest, _SYNC_DEADLINE)
             made = dataclasses.replace(made, **changes)
+            wanted = await _wanted(entry, found, staged if memory else None)
             save = Save(ops=ops, entry=entry, machine=entry.vm, snapshot=made, staged=staged, disk=found, layers=layers, wanted=wanted)
             try:
                 yield save
