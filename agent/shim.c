@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -190,6 +191,8 @@ static _Noreturn void become_program(char **argv, const int *output, int failure
 	dup2(output[0], 1);
 	dup2(output[1], 2);
 	sigprocmask(SIG_SETMASK, &callers_mask, NULL);
+	/* Where Yama restricts it, only by this may the daemon, which is not an ancestor, read the guest's memory to save it. */
+	prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY);
 	execvp(argv[0], argv);
 	int error = errno;
 	(void)!write(failure, &error, sizeof error);
