@@ -1,9 +1,10 @@
 /*
- * ramet-shim DIR CAP [--lock FD] -- PROGRAM ARGS...
+ * ramet-shim DIR CAP [--lock FD] [--small-pages] -- PROGRAM ARGS...
  *
  * Starts PROGRAM out of reach of whoever called, keeps its output in DIR/console.log and DIR/qemu.log (at most 2 * CAP bytes each, with their
  * predecessors NAME.1), says in DIR/pids who runs and in DIR/exit how PROGRAM ended. The caller's process returns as soon as PROGRAM runs.
  * Descriptors that were passed in go to PROGRAM only, except the lock: it is held as long as either of the two lives.
+ * With --small-pages PROGRAM gets no huge pages that it did not ask for by name.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -31,6 +32,7 @@ struct log {
 };
 
 static int directory, lock_fd = -1, report = -1;
+static bool small_pages;
 static long long cap;
 static struct log logs[2] = {{"console.log", -1, -1, 0}, {"qemu.log", -1, -1, 0}};
 static sigset_t callers_mask;
@@ -193,6 +195,8 @@ static _Noreturn void become_program(char **argv, const int *output, int failure
 	sigprocmask(SIG_SETMASK, &callers_mask, NULL);
 	/* Where Yama restricts it, only by this may the daemon, which is not an ancestor, read the guest's memory to save it. */
 	prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY);
+	if (small_pages)
+		prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
 	execvp(argv[0], argv);
 	int error = errno;
 	(void)!write(failure, &error, sizeof error);
@@ -295,7 +299,7 @@ static _Noreturn void supervise(char **argv, const sigset_t *handled)
 
 static _Noreturn void usage(void)
 {
-	fputs("usage: ramet-shim DIR CAP [--lock FD] -- PROGRAM ARGS...\n", stderr);
+	fputs("usage: ramet-shim DIR CAP [--lock FD] [--small-pages] -- PROGRAM ARGS...\n", stderr);
 	exit(1);
 }
 
@@ -306,6 +310,8 @@ static char **parse(int argc, char **argv)
 	for (; i < argc && strcmp(argv[i], "--") != 0; i++) {
 		if (strcmp(argv[i], "--lock") == 0 && i + 1 < argc)
 			lock_fd = atoi(argv[++i]);
+		else if (strcmp(argv[i], "--small-pages") == 0)
+			small_pages = true;
 		else if (n < 2)
 			positional[n++] = argv[i];
 		else

@@ -49,6 +49,12 @@ check "nothing lost in between" is "$(cat "$dir/console.log.1" "$dir/console.log
 	"$(i=3500; while [ $i -lt 5000 ]; do echo "line $i"; i=$((i + 1)); done | cksum)"
 check "only those" is "$(ls -A "$dir" | tr '\n' ' ')" "console.log console.log.1 exit pids qemu.log "
 
+fresh pages
+check "starts" "$shim" "$dir" 1000 --small-pages -- sleep 100
+check "no huge pages" matches "/proc/$(sed -n 's/^qemu \([0-9]*\) .*/\1/p' "$dir/pids")/status" '^THP_enabled:.*0$'
+kill "$(sed -n 's/^shim \([0-9]*\) .*/\1/p' "$dir/pids")"
+ended
+
 fresh missing
 check "no such program" is "$("$shim" "$dir" 1000 -- /no/such/program 2>&1; echo $?)" "ramet-shim: /no/such/program: No such file or directory
 1"

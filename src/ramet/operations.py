@@ -67,6 +67,7 @@ class Operations:
         self.layers = ImageFs(state.store)
         self._layers_lock = asyncio.Lock()
         self._saving = 0
+        self._uncollected = False
         self._background: set[asyncio.Task[Any]] = set()
 
     # the frame of every operation
@@ -325,28 +326,32 @@ class Operations:
 
     @contextlib.asynccontextmanager
     async def layers_in_use(self) -> AsyncIterator[None]:
-        """In the body, layers that nothing names yet are not collected."""
+        """In the body, layers that nothing names yet are not collected; what should have been is, afterwards."""
         self._saving += 1
         try:
             yield
         finally:
             self._saving -= 1
+            if not self._saving and self._uncollected:
+                self.spawn(self.collect())
+
+    def needed_layers(self) -> frozenset[str]:
+        """Those that snapshots and machines stand on."""
+        points = {layer for each in list(self.snapshots.values()) for layer in (each.disk_layer, each.memory_layer)}
+        running = {layer for each in list(self.entries.values()) for layer in (each.record.memory_layer, self._stands_on(each))}
+        return frozenset((points | running) - {""})
 
     async def collect(self) -> None:
         """Remove the layers that no snapshot and no machine needs."""
-        if self._saving:
-            return  # whoever saves now comes here afterwards
-
-        def keep() -> set[str]:
-            points = {layer for each in list(self.snapshots.values()) for layer in (each.disk_layer, each.memory_layer)}
-            running = {layer for each in list(self.entries.values()) for layer in (each.record.memory_layer, self._stands_on(each))}
-            return (points | running) - {""}
-
+        self._uncollected = bool(self._saving)
+        if self._uncollected:
+            return
         try:
-            freed = await asyncio.to_thread(self.store.gc, keep)
+            freed = await asyncio.to_thread(self.store.gc, self.needed_layers)
         except RametError as error:
             log.warning("layers that nothing needs could not be removed: %s", error.message)
         else:
+            self._uncollected = bool(freed.postponed)
             self.layers.forget()  # else its workers keep removed files open
             if freed.layers:
                 log.info("removed %d layers, %s", len(freed.layers), format_size(freed.bytes))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import sys
 from collections.abc import Callable
 
 from ramet import process, restoring
-from ramet.errors import NoSpaceError, RametError
+from ramet.errors import LayerError, RametError, from_wire
 from ramet.model import Snapshot, SnapshotState
 from ramet.operations import Operations, log
 
@@ -46,10 +48,10 @@ class Sealer:
         try:
             async with self._ops.layers_in_use():
                 await self._compress([layer for layer in (found.disk_layer, found.memory_layer) if layer])
-        except NoSpaceError as error:
-            log.warning("%s stays uncompressed: %s", found.name or found.id, error.message)
-        except RametError as error:
+        except LayerError as error:
             reason = error.message
+        except RametError as error:  # it is whole all the same, and tried again after the daemon's next start
+            log.warning("%s stays uncompressed: %s", found.name or found.id, error.message)
         if snapshot_id not in self._ops.snapshots:
             return
         if test and found.memory and not reason:
@@ -64,4 +66,7 @@ class Sealer:
     async def _compress(self, layers: list[str]) -> None:
         words = [sys.executable, "-P", "-m", "ramet.store.seal", str(self._ops.state.store.root), *layers]
         finished = await process.run(words, deadline=_DEADLINE, nice=_NICE, apart=True)
-        finished.check("compressing a snapshot")
+        if finished.returncode:
+            with contextlib.suppress(ValueError, IndexError):
+                raise from_wire(json.loads(finished.errors.strip().splitlines()[-1]))
+            finished.check("compressing a snapshot")

@@ -94,6 +94,20 @@ def test_copies_are_packed(child: Child, tmp_path: Path, of_file: bool) -> None:
     assert (tmp_path / "out").read_bytes() == wanted
 
 
+def test_many_scattered_pages() -> None:
+    """The kernel's list is longer than one call returns, and was seen to tell its last region twice."""
+    size, step = 1 << 30, 28
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE) as mapping:
+        mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        wanted = list(range(0, size // PAGE, step))
+        for page in wanted:
+            mapping[page * PAGE] = 1
+        first = ctypes.c_char.from_buffer(mapping)
+        found = memory.private(os.getpid(), ctypes.addressof(first), size)
+        del first
+    assert found == [(page, 1) for page in wanted]
+
+
 def test_a_process_that_is_gone(child: Child) -> None:
     base = child.address(child.of_nothing)
     os.kill(child.pid, signal.SIGKILL)

@@ -68,6 +68,12 @@ def kernel_words(accelerator: Accelerator) -> list[str]:
     return ["norandmaps"] if accelerator is Accelerator.TCG else []
 
 
+def shim_words(accelerator: Accelerator) -> list[str]:
+    """What the shim is told. An emulated machine gains nothing from huge pages of the host: without, a cold-booted one took 103 MB instead of 116,
+    a fork after its first command 37 instead of 41, in the same time. With KVM they make the guest's page tables shorter."""
+    return ["--small-pages"] if accelerator is Accelerator.TCG else []
+
+
 def _machine(config: Config) -> list[str]:
     mebibytes = config.memory >> 20
     backend: dict[str, object] = {"qom-type": "memory-backend-ram", "id": "mem", "size": config.memory}

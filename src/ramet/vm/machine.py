@@ -148,7 +148,8 @@ class Vm:
                 stale.unlink(missing_ok=True)
             fds += [sockets.listen(files.qmp).detach(), sockets.listen(files.agent).detach()]
             config = dataclasses.replace(config, qmp_fd=fds[1], agent_fd=fds[2])
-            command = [str(shim), "--lock", str(lock), str(files.root), str(LOG_CAP), "--", *argv.build(config)]
+            command = [str(shim), "--lock", str(lock), *argv.shim_words(config.accelerator), str(files.root), str(LOG_CAP)]
+            command += ["--", *argv.build(config)]
             (await process.run(command, deadline=SPAWN_DEADLINE, pass_fds=fds)).check("starting QEMU")
             while fds:
                 os.close(fds.pop())  # from here on QEMU's end alone keeps its sockets and the lock

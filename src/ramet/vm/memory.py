@@ -46,13 +46,16 @@ def private(pid: int, base: int, size: int) -> list[tuple[int, int]]:
 def _scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """By the ioctl: present or swapped, and neither a file's page nor the zero page."""
     buffer = ctypes.create_string_buffer(_REGION.size * _REGIONS)
+    done = start
     while start < end:
         wanted = (_FILE | _ZERO, _FILE | _ZERO, _PRESENT | _SWAPPED, _PRESENT | _SWAPPED)  # inverted, all of, any of, returned
         arguments = bytearray(_ARGUMENTS.pack(_ARGUMENTS.size, 0, start, end, 0, ctypes.addressof(buffer), _REGIONS, 0, *wanted))
         found = fcntl.ioctl(fd, _PAGEMAP_SCAN, arguments, True)
         start = _ARGUMENTS.unpack(arguments)[4]  # walk_end
         for first, last, _ in _REGION.iter_unpack(buffer.raw[: found * _REGION.size]):
-            yield first, last
+            if last > done:  # 6.18 was seen to tell a region again at the end of a long list
+                yield max(first, done), last
+                done = last
 
 
 def _walk(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
