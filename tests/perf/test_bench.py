@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from ramet import bench
+from ramet.bench import members
 from tests.fixtures import Artifacts
 
 KEYS = {"figure", "value", "unit", "goal", "holds"}
-FEW = {"boot": ["--pairs", "1"], "exec": ["--count", "5", "--row", "20", "--mebibytes", "1"]}
+FEW = {
+    "boot": ["--pairs", "1"],
+    "exec": ["--count", "5", "--row", "20", "--mebibytes", "1"],
+    "fork": ["--count", "2", "--cold", "1", "--pauses", "1", "--large", "0", "--depth", "2", "--generations", "2"],
+    "hibernate": ["--memory", "256", "--mebibytes", "16", "--rounds", "2"],
+    "density": ["--forks", "2", "--cold", "1", "--mebibytes", "8"],
+}
+WORDS = {  # of figures that must be there
+    "fork": (
+        "child's agent answered",
+        "first command (a new process)",
+        "warm pool",
+        "pause of a restored",
+        "pause of a cold-booted",
+        "depth 2",
+        "more layers",
+    ),
+    "hibernate": ("as a multiple of a fork's", "stored for the memory", "stored for the disk", "gave back"),
+    "density": ("shares with nobody", "as a share of", "a fork: translation cache", "a cold boot: translation cache"),
+}
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_a_bench_prints_its_figures(
-    artifacts: Artifacts, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    artifacts: Artifacts, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAMET_HOME", str(artifacts.store.root))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     status = bench.main([name, "--json", "--image", artifacts.tiny, *FEW[name]])
     said = capsys.readouterr()
+    assert status != bench.COULD_NOT_RUN, said.err
     found = json.loads(said.out)
     assert status == (1 if any(each["holds"] is False for each in found) else 0), said.err
     for each in found:
@@ -28,6 +54,33 @@ def test_a_bench_prints_its_figures(
     assert sum(each["goal"] is not None for each in found) >= 1
     assert all(each["value"] > 0 for each in found if each["unit"] in ("s", "ms", "x", "MiB/s", "1/s"))
     assert "QEMU" in said.err
+    for words in WORDS.get(name, ()):
+        assert any(words in each["figure"] for each in found), words
+    assert not list(tmp_path.iterdir())
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_memory_is_told_apart_by_what_it_is_for(tmp_path: Path) -> None:
+    """Of this process: a private mapping of a layer's file, some pages read and some written."""
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "layer").write_bytes(bytes(range(256)) * 16 * 64)
+    with open(served / "layer", "r+b") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+        for page in range(40):
+            mapped[page * 4096]
+        for page in range(8):
+            mapped[page * 4096] = 1
+        found = members.memory(os.getpid(), 1 << 40, served)
+    assert found[members.OWN] == 8 * 4096
+    assert 32 * 4096 <= found[members.SHARED] <= 56 * 4096  # the kernel maps pages around those that were asked for
+    assert found[members.PROGRAM] > 0
+    assert found[members.HEAP] > 0
+    assert found.total() < _resident() + 4096
+
+
+def _resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
 
 
 def test_an_image_that_is_not_there_cannot_be_measured(

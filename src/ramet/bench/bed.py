@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ramet.engine import Engine
+from ramet.errors import NotFoundError
 from ramet.host import Boot, Host
 from ramet.model import HostInfo, Spec
 from ramet.paths import StateDir
@@ -40,7 +41,7 @@ class Bed:
 
 @contextlib.asynccontextmanager
 async def place() -> AsyncIterator[StateDir]:
-    """A state directory with the user's images and nothing else of theirs. It goes away, and the machines in it."""
+    """A state directory with the user's images and nothing else of theirs. It goes away, and the machines, snapshots and layers in it."""
     home = StateDir.default()
     home.create()
     with tempfile.TemporaryDirectory(prefix="ramet-bench-") as directory:
@@ -52,8 +53,16 @@ async def place() -> AsyncIterator[StateDir]:
             yield state
         finally:
             async with Engine.open(state) as engine:
-                for machine in await engine.list():
-                    await engine.delete(machine.name)
+                await _clear(engine)
+
+
+async def _clear(engine: Engine) -> None:
+    """Delete all machines and snapshots, and with those what is parked for them."""
+    for snapshot in await engine.snapshots():
+        with contextlib.suppress(NotFoundError):  # it went with one that it stood on
+            await engine.delete_snapshot(snapshot.id, cascade=True)
+    for machine in await engine.list():
+        await engine.delete(machine.name)
 
 
 @contextlib.asynccontextmanager
