@@ -54,8 +54,7 @@ def forget(files: MachineDir, found: DiskState) -> None:
 async def add(files: MachineDir, found: DiskState) -> Path:
     """The file of the overlay that is to follow the machine's own."""
     path = files.overlay(found.number + 1)
-    path.unlink(missing_ok=True)  # of a save that was cut off, and that `settle` has dealt with
-    await qcow2.create(path, found.size)
+    await qcow2.create(path, found.size)  # which refuses to overwrite: what a save that was cut off has left is for `settle`
     return path
 
 
@@ -105,16 +104,21 @@ async def freeze(state: StateDir, store: Store, files: MachineDir, image_digest:
     return await asyncio.to_thread(work)
 
 
-async def settle(state: StateDir, store: Store, files: MachineDir, image_digest: str, active: int | None) -> None:
-    """After an interruption. active: the number of the overlay that a QEMU which lives writes to; None: none lives."""
+async def settle(state: StateDir, store: Store, files: MachineDir, image_digest: str, active: int | None) -> DiskState | None:
+    """Put right what a save left that was cut off, or that failed at its end; what the machine has then.
+
+    active: the number of the overlay that a QEMU which lives writes to; None: none lives.
+    """
     found = disk.read(files)
     if found is None:
-        return
+        return None
     later = [number for number in disk.others(files, found) if number > found.number]
     if later and active is not None and active == found.number:
         files.overlay(later[0]).unlink()  # it was made, and never used
     elif later:
         await freeze(state, store, files, image_digest)
-    if active is not None and (now := disk.read(files)) and now.number != active:
-        raise LayerError(f"the disk of the running machine is overlay {active}, but {files.disk} names {now.number}")
-    forget(files, disk.read(files) or found)
+        found = disk.read(files) or found
+    if active is not None and found.number != active:
+        raise LayerError(f"the disk of the running machine is overlay {active}, but {files.disk} names {found.number}")
+    forget(files, found)
+    return found

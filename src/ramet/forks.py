@@ -73,7 +73,12 @@ class Forks:
                 whole.set_result(None)
                 self._ops.spawn(self._warm(held, save.snapshot))
                 children.update({name: self._ops.spawn(self._child(save.snapshot, name, gate, whole)) for name in names[_EARLY:]})
-                await save.settle()
+                try:
+                    await save.settle()
+                except (
+                    RametError
+                ) as error:  # the children are whole; the next save or start puts the parent's disk right before it does anything else
+                    log.error("the disk of %s: %s", held.record.name, error.message)
 
         try:
             await self._ops.perform(entry, Operation.FORK, work)

@@ -197,6 +197,7 @@ class Operations:
         if found is None:
             self.doing(entry, "making the disk")
             found = await disks.make(files, "", entry.record.spec.disk)
+        found = await disks.settle(self.state, self.store, files, image.digest, None) or found
         if found.layer:
             await self.use_layers()
         self.doing(entry, "preparing the kernel")

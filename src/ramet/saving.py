@@ -23,7 +23,7 @@ from ramet.operations import Entry, Operations, log
 from ramet.store.layer import Kind, Layer
 from ramet.store.runs import Runs
 from ramet.store.store import Draft
-from ramet.vm import capture, disk
+from ramet.vm import capture
 from ramet.vm.capture import Capture
 from ramet.vm.disk import DiskState
 from ramet.vm.machine import Vm
@@ -102,30 +102,29 @@ async def live(ops: Operations, entry: Entry, *, name: str = "", memory: bool = 
                 await guestfs.sync(entry.vm.guest, _SYNC_DEADLINE)
             made = dataclasses.replace(made, **changes)
             wanted = await _wanted(entry, found, staged if memory else None)
-            save = Save(ops=ops, entry=entry, machine=entry.vm, snapshot=made, staged=staged, disk=found, layers=layers, wanted=wanted)
-            try:
-                yield save
-            except BaseException:
-                if not wanted.frozen:
-                    wanted.next_overlay.unlink(missing_ok=True)
-                raise
+            yield Save(ops=ops, entry=entry, machine=entry.vm, snapshot=made, staged=staged, disk=found, layers=layers, wanted=wanted)
 
 
 @contextlib.asynccontextmanager
 async def _disk_of(ops: Operations, entry: Entry) -> AsyncIterator[DiskState]:
-    """What the machine has. Where the body fails after the disk was frozen, the machine writes to the next overlay already: it must have its place."""
+    """What the machine has. When the body fails, QEMU is asked which overlay it writes to: perhaps the next one already, which must have its place then."""
     await ops.use_layers()
-    files = ops.state.machine(entry.record.id)
-    found = disk.read(files)
+    found = await _settled(ops, entry)
     if found is None:
         raise MachineFailedError(f"{entry.record.name} has no disk yet", hint="Start it once.")
     try:
         yield found
     except BaseException:
-        if entry.vm:
-            active = None if entry.vm.dead.done() else await capture.active_overlay(entry.vm)
-            await disks.settle(ops.state, ops.store, files, entry.record.image_digest, active)
+        try:
+            await _settled(ops, entry)
+        except RametError as error:  # the next save, or start, tries again before it does anything else
+            log.error("the disk of %s: %s", entry.record.name, error.message)
         raise
+
+
+async def _settled(ops: Operations, entry: Entry) -> DiskState | None:
+    active = await capture.active_overlay(entry.vm) if entry.vm and not entry.vm.dead.done() else None
+    return await disks.settle(ops.state, ops.store, ops.state.machine(entry.record.id), entry.record.image_digest, active)
 
 
 async def save(ops: Operations, entry: Entry, *, name: str, memory: bool) -> Snapshot:
