@@ -1,4 +1,5 @@
 """The tour: set-up, and then the main job before the user's eyes, in chapters. A chapter is a function that does one thing and tells it in a few lines.
+What is done with one machine is here, what is done with its forks in `colony`.
 
 Everything goes through the SDK, as in a user's own script; what is there already (a daemon, the machine, its server) is used again.
 """
@@ -19,17 +20,21 @@ import httpx2
 from rich.console import Console
 from rich.markup import escape
 
-from ramet import aio, images, kernels, paths, service, setup
+from ramet import aio, colony, images, kernels, paths, service, setup
 from ramet import spec as definition
 from ramet.aio import AsyncMachine
 from ramet.client import Client
-from ramet.errors import GuestError, NotFoundError, RametError, SpecError
+from ramet.colony import Colony
+from ramet.errors import GuestError, NotFoundError, RametError, SpecError, TimeoutExpiredError
 from ramet.kernels import BuildState, KernelKind
 from ramet.model import Machine, State
 from ramet.steps import Mark, Step, Steps, seconds
 from ramet.units import format_size
 
 SIZE = 4 << 20  # bytes of the file that is copied in and out
+# States that end by themselves; an image may have to be fetched meanwhile.
+_PASSING = (State.CREATING, State.STARTING, State.STOPPING, State.HIBERNATING, State.RESUMING, State.RESTORING)
+_PATIENCE, _NAP = 900.0, 0.2  # seconds
 _SERVER = "hello-server"  # label of the process that chapter `web` starts
 _COMMANDS = ("whoami", "uname -sr", "free -m | awk '/Mem:/ {print $2, \"MB\"}'", 'echo "$GREETING, born $(cat born)"')
 
@@ -99,13 +104,26 @@ async def _machine(steps: Steps, verbs: Client) -> AsyncMachine:
             async with _shown(verbs, wanted.name, step):
                 machine = await AsyncMachine.create(spec=wanted, verbs=verbs)
             how = "made from examples/hello/ramet.toml"
-        if machine.state in (State.STOPPED, State.FAILED):
-            how = f"was {machine.state}, and is switched on again"
-            async with _shown(verbs, wanted.name, step):
-                await machine.power_on()
+        how = await _awake(machine, verbs, step) or how
         record = await machine.refresh()
         step.end(Mark.OK, f"{record.name} {how}\n{await _engine_words(verbs, record)}")
         return machine
+
+
+async def _awake(machine: AsyncMachine, verbs: Client, step: Step) -> str:
+    """Let it run, whatever was done with it before, and say what it was; nothing when it runs already."""
+    async with _shown(verbs, machine.name, step), asyncio.timeout(_PATIENCE):
+        while machine.state in _PASSING:  # of a tour that was interrupted; what it does may end without an event
+            await asyncio.sleep(_NAP)
+            await machine.refresh()
+        was = machine.state
+        if was in (State.STOPPED, State.FAILED):
+            await machine.power_on()
+            return f"was {was}, and is switched on again"
+        if was in (State.PAUSED, State.HIBERNATED):
+            await machine.resume()
+            return f"was {was}, and goes on"
+    return ""
 
 
 async def _engine_words(verbs: Client, record: Machine) -> str:
@@ -154,7 +172,7 @@ async def files(tour: Tour) -> None:
         if back.read_bytes() != data or summed != hashlib.sha256(data).hexdigest():
             raise GuestError("the file that was copied in and out is not the same", hint="This is a bug of Ramet's: please report it.")
         await tour.machine.files.remove(there)
-        rates = f"in ({_rate(half - begun)}) and out ({_rate(done - half)})"
+        rates = f"in ({_rate(half - begun)}), out ({_rate(done - half)})"
         step.end(Mark.OK, f"{format_size(SIZE)} {rates}, SHA-256 equal")
 
 
@@ -205,7 +223,11 @@ def _next(tour: Tour) -> None:
         (f"{call} shell {name}", "a terminal in it"),
         (f"{call} run {name} -- apt-get update", "any command; you are root"),
         (f"{call} cp README.md {name}:/srv/hello/", "files in, or out the other way round"),
-        (f"{call} list", "what runs, and what it costs"),
+        (f"{call} fork {name} -n 3", "three more, going on by themselves"),
+        (f"{call} tree", "who descends from whom, at what cost"),
+        (f"{call} snapshot {name} good", "keep this instant"),
+        (f"{call} restore {name} good", "go back to it"),
+        (f"{call} hibernate {name}", "memory to the disk, until `resume`"),
         (f"{call} delete {name}", "gone, disk and all"),
     ):
         tour.console.print(f"  {command:<40} [dim]{words}[/]", highlight=False, soft_wrap=True)
@@ -213,7 +235,7 @@ def _next(tour: Tour) -> None:
 
 async def _tour(console: Console) -> None:
     steps = Steps(console)
-    console.print("[bold]Ramet[/]: from a definition to a machine that answers\n", highlight=False)
+    console.print("[bold]Ramet[/]: from a definition to a machine that answers, and to four of it\n", highlight=False)
     context = setup.Context(state=paths.StateDir.default())
     # The set-up is told in full when it has something to do, in a line when it has not.
     with steps.step("Set-up") as step:
@@ -231,15 +253,24 @@ async def _tour(console: Console) -> None:
         tour = Tour(steps=steps, verbs=verbs, machine=machine)
         for chapter in CHAPTERS:
             await chapter(tour)
+        await colony.show(Colony(steps=steps, verbs=verbs, first=machine, program=example().with_name("count.pl")))
         _next(tour)
 
 
 def main(argv: Sequence[str]) -> int:
     """`ramet tour`. Raises RametError."""
     if set(argv) & {"-h", "--help"}:
-        Console().print("Usage: ramet tour\n\nSet up what is missing, then make a machine and use it. Takes no arguments.", highlight=False)
+        Console().print(
+            "Usage: ramet tour\n\nSet up what is missing, then make a machine, use it, fork it, rewind it, hibernate it. Takes no arguments.",
+            highlight=False,
+        )
         return 0
     if argv:
         raise SpecError(f"`ramet tour` takes no arguments, and got {' '.join(argv)}")
-    asyncio.run(_tour(Console()))
+    try:
+        asyncio.run(_tour(Console()))
+    except TimeoutError:
+        raise TimeoutExpiredError(
+            "the tour waited too long for an answer", hint="`ramet list` and `ramet logs hello` may tell why."
+        ) from None
     return 0
