@@ -186,9 +186,10 @@ class Database:
         """All, oldest first."""
         return await self._all(_MACHINE, MACHINES)
 
-    async def add_snapshot(self, snapshot: Snapshot, machine: Record) -> None:
+    async def add_snapshot(self, snapshot: Snapshot, machine: Record | None) -> None:
         """A new snapshot, together with what it changes of the machine. ExistsError when its name is taken."""
-        await self._write(SNAPSHOTS.insert().values(_to_row(SNAPSHOTS, snapshot)), _update(MACHINES, machine))
+        changes = [_update(MACHINES, machine)] if machine else []
+        await self._write(SNAPSHOTS.insert().values(_to_row(SNAPSHOTS, snapshot)), *changes)
 
     async def update_snapshot(self, snapshot: Snapshot) -> None:
         await self._write(_update(SNAPSHOTS, snapshot))

@@ -9,6 +9,7 @@ from pathlib import Path
 from ramet.errors import LayerError, MachineFailedError
 from ramet.paths import MachineDir, StateDir
 from ramet.store import qcow2
+from ramet.store.disk import guard
 from ramet.store.layer import Kind, Layer
 from ramet.store.store import Draft, Store
 from ramet.vm import argv, disk
@@ -77,7 +78,8 @@ def draft(state: StateDir, store: Store, found: DiskState, image_digest: str) ->
 
 def publish(store: Store, files: MachineDir, found: DiskState, made: Draft) -> Layer:
     """The overlay that `disk.json` names is a layer too; nobody writes to it any more. Not on the disk before `commit`."""
-    os.link(files.overlay(found.number), made.spool)
+    with guard("write", made.spool):
+        os.link(files.overlay(found.number), made.spool)
     return store.publish(made, qcow2.runs(made.spool, found.size), durable=False)
 
 

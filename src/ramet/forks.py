@@ -8,7 +8,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from ramet import lineage, restoring, saving, snapshot
 from ramet import spec as specs
@@ -45,9 +45,8 @@ class Forks:
         async def work(held: Entry) -> None:
             made.append(await saving.save(self._ops, held, name=name, memory=memory))
 
-        await self._ops.perform(entry, Operation.SNAPSHOT, work)
+        await self._saved(entry, Operation.SNAPSHOT, work)
         self._sealer.add(made[0], test=test)
-        await self.sweep()
         return self._ops.snapshots[made[0].id]
 
     async def fork(self, entry: Entry, names: Sequence[str]) -> dict[str, Entry | RametError]:
@@ -81,7 +80,7 @@ class Forks:
                     log.error("the disk of %s: %s", held.record.name, error.message)
 
         try:
-            await self._ops.perform(entry, Operation.FORK, work)
+            await self._saved(entry, Operation.FORK, work)
         finally:
             if children:
                 await asyncio.wait(children.values())
@@ -90,8 +89,14 @@ class Forks:
             with contextlib.suppress(OSError):
                 entry.touched = await self._ops.layers.touched(made[0].memory_layer)
         self._sealer.add(made[0], test=False)
-        self._ops.spawn(self.sweep())
         return outcomes
+
+    async def _saved(self, entry: Entry, operation: Operation, work: Callable[[Entry], Awaitable[None]]) -> None:
+        """Perform it, and remove afterwards what nobody needs any more, or what a failure has left."""
+        try:
+            await self._ops.perform(entry, operation, work)
+        finally:
+            self._ops.spawn(self.sweep())
 
     async def _warm(self, entry: Entry, found: Snapshot) -> None:
         """A child's first instructions fault on the same pages as those of its elder siblings: 60 faults of 0.4 ms each, one after the other."""
@@ -156,8 +161,7 @@ class Forks:
         """Rewind it in place."""
         found = self._point(entry, name)
         await restoring.check(self._ops, found)
-        await self._ops.perform(entry, Operation.RESTORE, lambda held: restoring.bring_back(self._ops, held, found))
-        await self.sweep()
+        await self._saved(entry, Operation.RESTORE, lambda held: restoring.bring_back(self._ops, held, found))
 
     def _point(self, entry: Entry, name: str) -> Snapshot:
         """Of the machine itself, or the one that it was made from."""
@@ -182,9 +186,8 @@ class Forks:
             await saving.hibernate(self._ops, held)
             await self._ops.end(held)
 
-        await self._ops.perform(entry, Operation.HIBERNATE, work)
+        await self._saved(entry, Operation.HIBERNATE, work)
         self._sealer.add(self._ops.snapshots[entry.record.snapshot_id], test=False)
-        await self.sweep()
 
     async def resume(self, entry: Entry) -> None:
         if entry.record.state is not State.HIBERNATED:
@@ -291,9 +294,12 @@ class Forks:
     async def _forget(self, found: Snapshot) -> None:
         for entry in [each for each in self._ops.entries.values() if each.record.pool == found.id]:
             await self._ops.drop(entry)
+        place = self._ops.state.snapshot(found.id).root
+        doomed = place.with_name(f".deleting-{place.name}")
+        with contextlib.suppress(FileNotFoundError):
+            place.rename(doomed)  # first: a directory that the database does not know is taken for a snapshot that was being recorded
         await self._ops.forget_snapshot(found)
-        place = self._ops.state.device_state(found.id).parent
-        await asyncio.to_thread(shutil.rmtree, place, True)
+        await asyncio.to_thread(shutil.rmtree, doomed, True)
 
     async def sweep(self) -> None:
         """Remove automatic snapshots that nobody stands on, then layers that nobody needs."""

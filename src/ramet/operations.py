@@ -20,7 +20,7 @@ from ramet.guest import Stream
 from ramet.host import Host
 from ramet.lifecycle import Operation
 from ramet.model import Activity, Event, Image, ImageConfig, InitMode, Port, Snapshot, State
-from ramet.paths import StateDir
+from ramet.paths import MachineDir, StateDir
 from ramet.store import mounting
 from ramet.store.mounting import ImageFs
 from ramet.store.store import Store
@@ -322,9 +322,6 @@ class Operations:
         found = mounting.faults(self.state.store, entry.record.memory_layer, since) if entry.record.memory_layer else []
         return f"its memory could not be read: {found[-1].message}" if found else ""
 
-    def _stands_on(self, entry: Entry) -> str:
-        return disks.layer_of(self.state.machine(entry.record.id))
-
     @contextlib.asynccontextmanager
     async def layers_in_use(self) -> AsyncIterator[None]:
         """In the body, layers that nothing names yet are not collected; what should have been is, afterwards."""
@@ -337,10 +334,11 @@ class Operations:
                 self.spawn(self.collect())
 
     def needed_layers(self) -> frozenset[str]:
-        """Those that snapshots and machines stand on."""
+        """Those that snapshots and machines stand on, also machines that a lost database does not name any more."""
         points = {layer for each in list(self.snapshots.values()) for layer in (each.disk_layer, each.memory_layer)}
-        running = {layer for each in list(self.entries.values()) for layer in (each.record.memory_layer, self._stands_on(each))}
-        return frozenset((points | running) - {""})
+        running = {each.record.memory_layer for each in list(self.entries.values())}
+        disks_on = {disks.layer_of(MachineDir(root=path)) for path in self.state.machines.iterdir()}
+        return frozenset((points | running | disks_on) - {""})
 
     async def collect(self) -> None:
         """Remove the layers that no snapshot and no machine needs."""

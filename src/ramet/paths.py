@@ -25,7 +25,8 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
     imagefs.starting        flock: one who starts or stops it
     imagefs.pids imagefs.log
     faults.log              what could not be served, and why; one line each
-  snapshots/ID/             published by rename; the layers are in store/
+  snapshots/ID/             published by rename, before the database knows; the layers are in store/
+    snapshot.json           its record as it was made
     state                   QEMU's devices, for those with memory
   machines/ID/
     disk.json               which overlay is the machine's own, and what it stands on
@@ -119,6 +120,21 @@ class ImageDir:
     @property
     def record(self) -> Path:
         return self.root / "image.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotDir:
+    """The files of one snapshot that are not layers."""
+
+    root: Path
+
+    @property
+    def record(self) -> Path:
+        return self.root / "snapshot.json"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +263,8 @@ class StateDir:
     def snapshots(self) -> Path:
         return self.root / "snapshots"
 
-    def device_state(self, snapshot_id: str) -> Path:
-        return self.snapshots / snapshot_id / "state"
+    def snapshot(self, snapshot_id: str) -> SnapshotDir:
+        return SnapshotDir(root=self.snapshots / snapshot_id)
 
     @property
     def store(self) -> StoreDir:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 
 from ramet import bringup, disks, images, lifecycle
 from ramet.errors import HostError, RametError
-from ramet.model import ImageConfig, State
+from ramet.model import ImageConfig, Snapshot, State
 from ramet.operations import Entry, Operations, retrieve
+from ramet.records import load
 from ramet.vm import capture
 from ramet.vm import machine as vm
 from ramet.vm.machine import Vm
@@ -23,24 +25,41 @@ async def reconcile(ops: Operations) -> None:
     for doomed in [*ops.state.machines.glob(".deleting-*"), *ops.state.snapshots.glob(".new-*"), *ops.state.snapshots.glob(".deleting-*")]:
         log.info("finishing the removal of %s", doomed.name)
         await asyncio.to_thread(bringup.remove_tree, doomed)
-    for snapshot in await ops.db.snapshots():
-        ops.snapshots[snapshot.id] = snapshot
+    await _find_snapshots(ops)
     adopting = []
     for record in await ops.db.machines():
         entry = ops.add(record)
         found = images.load(ops.state, record.image_digest) if record.image_digest else None
         entry.image = found.config if found else ImageConfig()
         adopting.append(asyncio.create_task(_recover(ops, entry)))
-    known = {*ops.entries, *ops.snapshots}
-    for path in [*ops.state.machines.iterdir(), *ops.state.snapshots.iterdir()]:
-        if path.name not in known and not path.name.startswith("."):
-            log.warning("%s belongs to nothing in the database; it is left alone", path)
+    for path in ops.state.machines.iterdir():
+        if path.name not in ops.entries and not path.name.startswith("."):
+            log.warning("%s belongs to no machine of the database; it is left alone", path)
     if adopting:
         _, late = await asyncio.wait(adopting, timeout=_ADOPTING)
         for task in late:
             ops.keep(task)
     for task in adopting:
         task.add_done_callback(retrieve)
+
+
+async def _find_snapshots(ops: Operations) -> None:
+    """Those of the database, and those that were whole when the daemon ended before it could tell the database. One without its files was being deleted."""
+    for snapshot in await ops.db.snapshots():
+        ops.snapshots[snapshot.id] = snapshot
+        if not ops.state.snapshot(snapshot.id).root.exists():
+            await ops.forget_snapshot(snapshot)
+    for path in ops.state.snapshots.iterdir():
+        if path.name in ops.snapshots:
+            continue
+        try:
+            found = load(Snapshot, json.loads(ops.state.snapshot(path.name).record.read_text()))
+            await ops.db.add_snapshot(found, None)
+        except (OSError, ValueError, RametError) as error:
+            log.warning("%s is no snapshot that can be used; it is left alone: %s", path, error)
+            continue
+        log.info("snapshot %s was whole, and is known again", found.name or found.id)
+        ops.snapshots[found.id] = found
 
 
 async def _recover(ops: Operations, entry: Entry) -> None:

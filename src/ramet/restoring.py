@@ -56,7 +56,7 @@ async def launch(ops: Operations, found: Snapshot, files: MachineDir, spec: Spec
 async def go_on(ops: Operations, found: Snapshot, machine: Vm, who: Identity) -> None:
     """Let it go on from the snapshot's instant, as somebody of its own. It does not live when that fails."""
     try:
-        await machine.go_on(ops.state.device_state(found.id), who, deadline=ANSWER_DEADLINE)
+        await machine.go_on(ops.state.snapshot(found.id).state, who, deadline=ANSWER_DEADLINE)
     except BaseException:
         await machine.kill()
         raise

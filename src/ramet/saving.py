@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 from ramet import bringup, disks, guestfs, snapshot
 from ramet.errors import MachineFailedError, RametError
 from ramet.model import Compatibility, Snapshot, SnapshotState, State
 from ramet.operations import Entry, Operations, log
+from ramet.paths import SnapshotDir
+from ramet.records import dump
+from ramet.store.disk import guard, sync
 from ramet.store.layer import Kind, Layer
 from ramet.store.runs import Runs
 from ramet.store.store import Draft
@@ -43,7 +46,7 @@ class Save:
     entry: Entry
     machine: Vm
     snapshot: Snapshot
-    staged: Path
+    staged: SnapshotDir
     disk: DiskState
     layers: dict[Kind, Draft]
     wanted: Capture
@@ -51,7 +54,10 @@ class Save:
     async def catch(self) -> None:
         """The pause."""
         memory = self.layers.get(Kind.MEMORY)
-        spool = os.open(memory.spool, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600) if memory else None
+        spool = None
+        if memory:
+            with guard("write", memory.spool):
+                spool = os.open(memory.spool, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             await capture.capture(self.machine, self.wanted, spool, self._step)
         finally:
@@ -142,7 +148,8 @@ async def save(ops: Operations, entry: Entry, *, name: str, memory: bool) -> Sna
         await disks.add(files, had)
         layer = await disks.freeze(ops.state, ops.store, files, found.image_digest)
         found = dataclasses.replace(found, disk_layer=layer.id)
-        await _record(ops, entry, found, None)
+        with _staged(ops, found.id) as staged:
+            await _record(ops, entry, found, staged)
     return found
 
 
@@ -190,49 +197,48 @@ def _new(entry: Entry, name: str, memory: bool) -> Snapshot:
 
 
 @contextlib.contextmanager
-def _staged(ops: Operations, snapshot_id: str) -> Iterator[Path]:
+def _staged(ops: Operations, snapshot_id: str) -> Iterator[SnapshotDir]:
     """A directory for what is not a layer; gone afterwards, unless it was published."""
-    staged = ops.state.snapshots / f".new-{snapshot_id}"
-    staged.mkdir(mode=0o700)
+    staged = ops.state.snapshot(f".new-{snapshot_id}")
+    with guard("write", staged.root):
+        staged.root.mkdir(mode=0o700)
     try:
         yield staged
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(staged.root, ignore_errors=True)
 
 
-def _publish_directory(staged: Path, final: Path) -> None:
+def _publish_directory(made: Snapshot, staged: SnapshotDir, final: SnapshotDir) -> None:
     """Durable, then under its name."""
-    for path in (*staged.iterdir(), staged):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    staged.rename(final)
+    with guard("write", staged.root):
+        staged.record.write_text(json.dumps(dump(made), indent=1))
+        for path in (*staged.root.iterdir(), staged.root):
+            sync(path)
+        staged.root.rename(final.root)
+        sync(final.root.parent)
 
 
-async def _record(ops: Operations, entry: Entry, made: Snapshot, staged: Path | None, *, into: State | None = None) -> None:
+async def _record(ops: Operations, entry: Entry, made: Snapshot, staged: SnapshotDir, *, into: State | None = None) -> None:
     """The moment from which the snapshot exists, and the machine stands on it. into: the machine's state from then on."""
-    place = ops.state.device_state(made.id).parent
-    if staged and made.memory:
-        await asyncio.to_thread(_publish_directory, staged, place)
+    place = ops.state.snapshot(made.id)
+    await asyncio.to_thread(_publish_directory, made, staged, place)
     record = dataclasses.replace(entry.record, snapshot_id=made.id)
     if into:
         record = dataclasses.replace(record, state=into, memory_layer="")
     try:
         await ops.db.add_snapshot(made, record)
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(place.root, ignore_errors=True)
         raise
     ops.snapshots[made.id] = made
     ops.replace(entry, record)
 
 
-async def _wanted(entry: Entry, found: DiskState, staged: Path | None) -> Capture:
+async def _wanted(entry: Entry, found: DiskState, staged: SnapshotDir | None) -> Capture:
     """What to catch, with the file of the overlay that the machine will get."""
     assert entry.vm
     overlay = await disks.add(entry.vm.files, found)
-    return Capture(number=found.number, next_overlay=overlay, state=staged / "state" if staged else None, size=entry.record.spec.memory)
+    return Capture(number=found.number, next_overlay=overlay, state=staged.state if staged else None, size=entry.record.spec.memory)
 
 
 def _memory_draft(ops: Operations, entry: Entry) -> Draft:

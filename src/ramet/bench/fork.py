@@ -103,7 +103,7 @@ async def by_hand(found: Bed, saved: Snapshot) -> dict[str, float]:
         times["QEMU's start, until its monitor answers"] = time.perf_counter()
         try:
             guest = await Guest.reach(files.agent)
-            await machine.load(found.state.device_state(saved.id))
+            await machine.load(found.state.snapshot(saved.id).state)
             times["loading the devices"] = time.perf_counter()
             guest.greet(resync=False, identity=who)
             await machine.monitor("cont")

@@ -45,7 +45,7 @@ def setup(
 
 @app.command(context_settings=_PASS)
 def tour(context: typer.Context) -> None:
-    """Set up, then show a machine being made and used."""
+    """Set up, then show a machine being made, used, forked, rewound and hibernated."""
     _module("tour", context.args)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from ramet.errors import HostError, MachineFailedError, NoSpaceError, RametError
 from ramet.vm import argv, memory
 from ramet.vm.machine import Vm
 
+_LITTLE = 1 << 20  # bytes: more than the state of all devices
 QUIESCE_DEADLINE = 30.0  # seconds for the agent to finish its frame: an emulated guest of a busy host
 
 
@@ -98,7 +101,12 @@ async def catch(vm: Vm, wanted: Capture, spool: int | None, step: Callable[[str]
     """In a machine that stands still. spool: an open file for the private pages, one after the other; None: only find them."""
     if wanted.state:
         step("saving the devices")
-        await vm.monitor("xen-save-devices-state", filename=str(wanted.state), live=False)
+        try:
+            await vm.monitor("xen-save-devices-state", filename=str(wanted.state), live=False)
+        except MachineFailedError as error:
+            if shutil.disk_usage(wanted.state.parent).free < _LITTLE:  # QEMU only says that it could not write
+                raise disk_error("the devices' state cannot be saved", OSError(errno.ENOSPC, "")) from error
+            raise
     step("freezing the disk")
     await vm.monitor("blockdev-snapshot", node=argv.overlay_name(wanted.number), overlay=argv.overlay_name(wanted.number + 1))
     wanted.frozen = True
@@ -114,7 +122,7 @@ async def catch(vm: Vm, wanted: Capture, spool: int | None, step: Callable[[str]
 
 def disk_error(what: str, error: OSError) -> HostError:
     """The error for a failed read or write; a full disk is told apart."""
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpaceError(f"{what}: no space left on the disk", hint="Free some space (`df -h`) and try again.")
     return HostError(f"{what}: {os.strerror(error.errno or 0)}", hint="The host's kernel log may say more.")
 

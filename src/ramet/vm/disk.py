@@ -9,11 +9,12 @@ unless QEMU lives and still writes to N, which it can be asked.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 
 from ramet.paths import MachineDir
 from ramet.records import dump, load
+from ramet.store.disk import allocated as taken
+from ramet.store.disk import replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,7 @@ def read(files: MachineDir) -> DiskState | None:
 
 def write(files: MachineDir, state: DiskState) -> None:
     """From now on this is the machine's disk."""
-    new = files.disk.with_suffix(".new")
-    with open(new, "w") as file:
-        json.dump(dump(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(files.disk)
+    replace(files.disk, json.dumps(dump(state)).encode(), durable=True)
 
 
 def others(files: MachineDir, state: DiskState) -> list[int]:
@@ -52,10 +48,4 @@ def others(files: MachineDir, state: DiskState) -> list[int]:
 
 def allocated(files: MachineDir) -> int:
     """Bytes that the machine's own overlay takes on the host's disk."""
-    total = 0
-    for path in files.root.glob("disk-*.qcow2"):
-        try:
-            total += path.stat().st_blocks * 512
-        except FileNotFoundError:
-            continue
-    return total
+    return sum(taken(path) for path in files.root.glob("disk-*.qcow2"))
