@@ -120,7 +120,7 @@ class Engine:
         entry = self._entry(name)
         outcomes = await self._forks.fork(entry, names or self._forks.children(entry, count))
         return [
-            ForkOutcome(name=child, error=made.wire())
+            ForkOutcome(name=child, error={"code": made.code, "message": made.message, "hint": made.hint})
             if isinstance(made, RametError)
             else ForkOutcome(name=child, machine=await self._view(made))
             for child, made in outcomes.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -226,7 +226,7 @@ class ForkOutcome:
 
     name: str
     machine: Machine | None = None
-    error: dict[str, Any] | None = None
+    error: dict[str, str] | None = None
 
 
 class NodeKind(StrEnum):

@@ -60,8 +60,6 @@ def _wrong(where: str, wanted: str, value: Any) -> DaemonError:
 
 
 def _load(kind: Any, value: Any, where: str) -> Any:
-    if kind is Any:
-        return value
     origin = get_origin(kind)
     if origin is Union or origin is types.UnionType:
         return None if value is None else _load(next(arg for arg in get_args(kind) if arg is not type(None)), value, where)

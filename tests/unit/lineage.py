@@ -79,7 +79,7 @@ class Lineage:
         elif name.startswith("un"):
             error = IncompatibleError(f"{name} does not fit")
         if error:
-            return ForkOutcome(name=name, error=error.wire())
+            return ForkOutcome(name=name, error={"code": error.code, "message": error.message, "hint": error.hint})
         machine = self._made(origin, name, parent.name)
         return ForkOutcome(name=name, machine=machine)
 

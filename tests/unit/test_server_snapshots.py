@@ -68,7 +68,7 @@ async def test_fork(client: Client, verbs: Memory) -> None:
     outcomes = await client.fork("m", count=2)
     assert [each.name for each in outcomes] == ["m-1", "m-2"]
     assert outcomes[0].machine is None
-    assert outcomes[0].error == {"code": "exists", "message": "m-1 exists", "hint": "Choose another name.", "details": {"name": "m-1"}}
+    assert outcomes[0].error == {"code": "exists", "message": "m-1 exists", "hint": "Choose another name."}
     assert outcomes[1].machine == verbs.machines["m-2"]
     assert outcomes[1].error is None
     assert (verbs.machines["m-2"].parent, verbs.machines["m-2"].boot_time) == ("m", 0.125)
