@@ -30,6 +30,7 @@ class Forks:
     def __init__(self, ops: Operations) -> None:
         self._ops = ops
         self._sealer = Sealer(ops, self.refill)
+        ops.on_end = self._ended
 
     # saving
 
@@ -80,15 +81,17 @@ class Forks:
                     log.error("the disk of %s: %s", held.record.name, error.message)
 
         try:
-            await self._saved(entry, Operation.FORK, work)
+            await self._ops.perform(entry, Operation.FORK, work)
         finally:
             if children:
                 await asyncio.wait(children.values())
+            if made and made[0].id in self._ops.snapshots:
+                self._sealer.add(made[0], test=False)
+            self._ops.spawn(self.sweep())
         outcomes = {name: children[name].result() for name in names}
         if not entry.touched:
             with contextlib.suppress(OSError):
                 entry.touched = await self._ops.layers.touched(made[0].memory_layer)
-        self._sealer.add(made[0], test=False)
         return outcomes
 
     async def _saved(self, entry: Entry, operation: Operation, work: Callable[[Entry], Awaitable[None]]) -> None:
@@ -136,7 +139,11 @@ class Forks:
 
     async def _create(self, found: Snapshot, name: str, whole: asyncio.Future[None] | None = None) -> Entry:
         entry = self._ops.add(await self._child_record(found, name))
-        await self._ops.perform(entry, Operation.CREATE, lambda held: restoring.bring_back(self._ops, held, found, whole))
+        try:
+            await self._ops.perform(entry, Operation.CREATE, lambda held: restoring.bring_back(self._ops, held, found, whole))
+        except BaseException:
+            self._ops.spawn(self.sweep())  # what it stood on may be nobody's now
+            raise
         return entry
 
     async def _child_record(self, found: Snapshot, name: str) -> Record:
@@ -242,6 +249,17 @@ class Forks:
             await held.vm.pause()
 
         await self._ops.perform(entry, Operation.PARK, work)
+
+    def _ended(self, entry: Entry) -> None:
+        """A parked machine that died is replaced."""
+        if entry.record.pool:
+            self._ops.spawn(self._replace(entry))
+
+    async def _replace(self, entry: Entry) -> None:
+        found = self._ops.snapshots.get(entry.record.pool)
+        await self._ops.drop(entry)
+        if found:
+            self.refill(found)
 
     def _parked(self, found: Snapshot) -> list[Entry]:
         return [

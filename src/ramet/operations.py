@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from ramet import bringup, cgroup, disks, guestfs, images, lifecycle, locks
 from ramet.bus import Bus
 from ramet.commands import Forward
 from ramet.db import Database, Record
-from ramet.errors import BusyError, MachineFailedError, NoSpaceError, RametError, SpecError, StateError
+from ramet.errors import BusyError, HostError, MachineFailedError, NoSpaceError, RametError, SpecError, StateError
 from ramet.guest import Stream
 from ramet.host import Host
 from ramet.lifecycle import Operation
@@ -32,7 +33,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("ramet")
 
+LOST = "the image file system, which serves its memory and disk, ended; `ramet restore` goes back to its last snapshot, `ramet start` boots its disk"
 _DYING = 5.0  # seconds that a guest which lost its agent gets to end by itself (a panic, a power-off) before it counts as failed
+_LITTLE = 64 << 10  # bytes that must be free for the image file system to write down who it is
 # A full disk must not keep anybody from stopping and deleting: a daemon that starts anew finds these states out by looking.
 _FOUND_AGAIN = frozenset({State.STOPPING, State.STOPPED, State.FAILED, State.DELETING})
 
@@ -48,6 +51,7 @@ class Entry:
     task: asyncio.Task[None] | None = None
     activity: Activity | None = None
     started: float = 0.0  # when its QEMU was; Unix time
+    doom: str = ""  # why we are about to end its QEMU, in place of how that will look
     touched: list[tuple[int, int]] = field(default_factory=list)  # what children of earlier forks needed of its memory first
     streams: dict[int, Stream] = field(default_factory=dict)
     forwards: dict[int, Forward] = field(default_factory=dict)
@@ -68,6 +72,7 @@ class Operations:
         self._layers_lock = asyncio.Lock()
         self._saving = 0
         self._uncollected = False
+        self.on_end: Callable[[Entry], None] = lambda entry: None  # called when a QEMU ended by itself
         self._background: set[asyncio.Task[Any]] = set()
 
     # the frame of every operation
@@ -125,7 +130,10 @@ class Operations:
         try:
             after = lifecycle.FAILED[operation]
             if after is None:
-                await self.set(entry, state=before)
+                try:
+                    await self.set(entry, state=before)
+                except NoSpaceError:  # a daemon that starts anew finds it running, and goes on from that
+                    self.note(entry, state=before)
                 return
             if operation is not Operation.DELETE:
                 await self.end(entry)
@@ -294,7 +302,13 @@ class Operations:
         """Make sure that layers are served; from then on, machines that stand on them are failed within a second of its end."""
         async with self._layers_lock:
             known = getattr(self.layers, "dead", None)
-            await self.layers.ensure()
+            try:
+                await self.layers.ensure()
+            except HostError as error:
+                if shutil.disk_usage(self.state.store.root).free < _LITTLE:
+                    hint = "Free some space (`df -h`) and try again."
+                    raise NoSpaceError("the image file system cannot start: no space left on the disk", hint=hint) from error
+                raise
             if self.layers.dead is not known:
                 self.spawn(self._layers_died(self.layers.dead))
 
@@ -307,14 +321,8 @@ class Operations:
                 self.spawn(self._lost_layers(entry, entry.vm))
 
     async def _lost_layers(self, entry: Entry, machine: Vm) -> None:
-        await vm.kill(machine.files)
-        await self._settle(entry)
-        if entry.vm in (machine, None):
-            await self.end(entry)
-            reason = "the image file system, which serves its memory and disk, ended"
-            await self.set(
-                entry, state=State.FAILED, reason=f"{reason}; `ramet restore` goes back to its last snapshot, `ramet start` boots its disk"
-            )
+        entry.doom = LOST
+        await vm.kill(machine.files)  # `_died` does the rest
 
     def unserved(self, entry: Entry) -> str:
         """Why a QEMU got SIGBUS instead of its memory: what could not be read of its layers, in a sentence that names it."""
@@ -419,9 +427,11 @@ class Operations:
             return
         await self.end(entry)
         death = vm.postmortem(machine.files)
-        reason = self.unserved(entry) or death.reason
+        reason = entry.doom or self.unserved(entry) or death.reason
+        entry.doom = ""
         log.warning("%s ended: %s", entry.record.name, reason)
-        await self.set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=reason)
+        await self.set(entry, state=State.STOPPED if death.clean and not entry.record.pool else State.FAILED, reason=reason)
+        self.on_end(entry)
 
     async def _lost(self, entry: Entry, machine: Vm) -> None:
         """The agent's line broke while QEMU runs: connect again, unless it is dying anyway or the agent is gone for good."""
@@ -456,7 +466,8 @@ class Operations:
                 await forward.close()
             if entry.vm:
                 await entry.vm.release()
-        if locks.is_held(self.state.store.lock) and not any(vm.is_alive(self.state.machine(each)) for each in self.entries):
+        served = locks.is_held(self.state.store.lock) or mounting.is_mounted(self.state.store)
+        if served and not any(vm.is_alive(self.state.machine(each)) for each in self.entries):
             await self.layers.stop()  # nobody needs it
         self.layers.release()
 

@@ -6,10 +6,10 @@ import asyncio
 import json
 import logging
 
-from ramet import bringup, disks, images, lifecycle
+from ramet import bringup, disks, images, lifecycle, locks
 from ramet.errors import HostError, RametError
 from ramet.model import ImageConfig, Snapshot, State
-from ramet.operations import Entry, Operations, retrieve
+from ramet.operations import LOST, Entry, Operations, retrieve
 from ramet.records import load
 from ramet.vm import capture
 from ramet.vm import machine as vm
@@ -67,6 +67,15 @@ async def _recover(ops: Operations, entry: Entry) -> None:
     record = entry.record
     files = ops.state.machine(record.id)
     alive = vm.is_alive(files)
+    needs_layers = bool(record.memory_layer or disks.layer_of(files))
+    if alive and needs_layers and not locks.is_held(ops.state.store.lock):
+        log.info("%s lost the image file system while no daemon ran", record.name)
+        await ops.end(entry)
+        if record.state in (State.RUNNING, State.PAUSED):
+            await _settle(ops, entry, None)
+            await ops.set(entry, state=State.FAILED, reason=LOST)
+            return
+        alive = False
     live = {State.RUNNING, State.PAUSED} | ({State.HIBERNATING} if alive else set())
     if record.state in lifecycle.INTERRUPTED and record.state not in live:
         after = lifecycle.INTERRUPTED[record.state]

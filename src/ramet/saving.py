@@ -221,11 +221,11 @@ def _publish_directory(made: Snapshot, staged: SnapshotDir, final: SnapshotDir) 
 async def _record(ops: Operations, entry: Entry, made: Snapshot, staged: SnapshotDir, *, into: State | None = None) -> None:
     """The moment from which the snapshot exists, and the machine stands on it. into: the machine's state from then on."""
     place = ops.state.snapshot(made.id)
-    await asyncio.to_thread(_publish_directory, made, staged, place)
     record = dataclasses.replace(entry.record, snapshot_id=made.id)
     if into:
         record = dataclasses.replace(record, state=into, memory_layer="")
     try:
+        await asyncio.to_thread(_publish_directory, made, staged, place)
         await ops.db.add_snapshot(made, record)
     except BaseException:
         shutil.rmtree(place.root, ignore_errors=True)

@@ -64,7 +64,15 @@ class Sealer:
             self._done(await self._ops.set_snapshot(snapshot_id, state=state, reason=reason))
 
     async def _compress(self, layers: list[str]) -> None:
-        words = [sys.executable, "-P", "-m", "ramet.store.seal", str(self._ops.state.store.root), *layers]
+        """Small ancestors that nothing names directly give up their pages to these, so that chains do not grow with each generation."""
+        store, needed = self._ops.store, self._ops.needed_layers()
+
+        def adoptable() -> set[str]:
+            return {old for layer in layers for old in store.adoptable(layer, needed, shared=True)}
+
+        adopt = await asyncio.to_thread(adoptable)
+        words = [sys.executable, "-P", "-m", "ramet.store.seal", str(store.files.root), *layers]
+        words += [word for old in sorted(adopt) for word in ("--adopt", old)]
         finished = await process.run(words, deadline=_DEADLINE, nice=_NICE, apart=True)
         if finished.returncode:
             with contextlib.suppress(ValueError, IndexError):

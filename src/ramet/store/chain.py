@@ -12,7 +12,7 @@ from ramet.store.layer import PAGE, Layer
 from ramet.store.runs import Owners, Runs
 from ramet.store.source import Parts, Sealed, Source, Spool, zeros
 
-_RELOADS = 40  # each layer of a chain is sealed once: more often a spool is not missed by bad luck
+_RELOADS = 40  # each layer of a chain is sealed once, and seldom again: more often a file is not missed by bad luck
 _HOPS = 1 << 16  # layers that a page may be moved through: more than a chain can have
 Locate = Callable[[str], tuple[Layer, LayerDir]]
 
@@ -89,9 +89,14 @@ class Chain:
         for start, stop, owner in self._owners.segments(first, end):
             yield start, stop, self._names[owner - 1] if owner else ""
 
+    def resolved(self) -> tuple[Owners, list[str], dict[str, Layer]]:
+        """All of `owners` as a table, the layers that its numbers mean, the first for 1, and the records that it was made from."""
+        return self._owners, list(self._names), {name: record for name, (record, _) in self._layers.items()}
+
     def _pages(self, first: int, end: int) -> Parts:
         missing = ""
         for _ in range(_RELOADS):
+            known = self._layers
             out: Parts = []
             used: dict[int, Source] = {}
             try:
@@ -103,19 +108,38 @@ class Chain:
                         source.read(start, stop, out)
                 return out
             except FileNotFoundError as error:
-                missing = str(error.filename)
+                missing = f"{error.filename} is missing"
                 self._load()  # the spool is gone: the layer was sealed meanwhile
+            except LayerError as error:
+                # A layer of the chain may have adopted what others kept, and those are gone: then the records tell. Else it is damage.
+                self._load()
+                if self._layers == known:
+                    raise
+                missing = error.message
             finally:
                 for source in used.values():
                     source.release()
-        raise LayerError(f"layer {self._head.id} cannot be read: {missing} is missing")
+        raise LayerError(f"layer {self._head.id} cannot be read: {missing}")
 
     def _load(self) -> None:
+        """Read the records, and what they name: again when that is not there and a record was replaced meanwhile."""
+        for _ in range(_RELOADS):
+            known = self._layers
+            try:
+                self._resolve()
+                return
+            except LayerError:
+                if self._layers == known:
+                    raise
+        self._resolve()
+
+    def _resolve(self) -> None:
         """Read the records, and resolve the pages that sealed layers only point on to."""
+        self.close()
+        self._layers = {}
         head, files = self._locate(self._head.id)
         self._head = head
         self._layers = {head.id: (head, files)}
-        self._sources = {}
         self._names = list(head.chain)
         self._owners = read_owners(files, head)
         for _ in range(_HOPS):
@@ -183,15 +207,28 @@ def spool_runs(files: LayerDir, record: Layer) -> Runs:
         raise HostError(f"cannot read {what}: {error.strerror}", details={"path": str(files.runs), "errno": error.errno}) from error
 
 
+def published_owners(store: StoreDir, layer_id: str) -> tuple[Layer, Owners]:
+    """The record of a published layer and the table of owners that belongs to it. LayerError when one is missing or damaged."""
+    record = layer.published(store, layer_id)
+    while True:
+        try:
+            return record, read_owners(store.layer(layer_id), record)
+        except LayerError:
+            before, record = record, layer.published(store, layer_id)
+            if record == before:
+                raise
+
+
 def read_owners(files: LayerDir, record: Layer) -> Owners:
     """A layer's table of owners. LayerError when it is missing or damaged."""
     what = f"the table of owners of layer {record.id}"
+    path = layer.owners_file(files, record)
     try:
-        data = files.owners.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise LayerError(f"{what} is missing") from error
     except OSError as error:
-        raise HostError(f"cannot read {what}: {error.strerror}", details={"path": str(files.owners), "errno": error.errno}) from error
+        raise HostError(f"cannot read {what}: {error.strerror}", details={"path": str(path), "errno": error.errno}) from error
     return Owners.load(data, what, pages=record.pages, layers=len(record.chain))
 
 

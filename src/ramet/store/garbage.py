@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,27 +41,51 @@ def readable(store: StoreDir) -> list[Layer]:
     return sorted(found, key=lambda each: (each.created_at, each.id))
 
 
-def needed(layers: dict[str, Layer], keep: Iterable[str]) -> set[str]:
-    """The layers that reading, sealing or building on the kept ones takes.
+class Records(Mapping[str, Layer]):
+    """The published layers whose record is whole, each read when it is asked for, once."""
+
+    def __init__(self, store: StoreDir) -> None:
+        self._store = store
+        self._found: dict[str, Layer | None] = {}
+
+    def __getitem__(self, layer_id: str) -> Layer:
+        if layer_id not in self._found:
+            try:
+                self._found[layer_id] = layer.load(self._store.layer(layer_id), layer_id)
+            except RametError:
+                self._found[layer_id] = None
+        if (found := self._found[layer_id]) is None:
+            raise KeyError(layer_id)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in _names(self._store) if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def needed(layers: Mapping[str, Layer], keep: Iterable[str], *, whole: bool = True) -> set[str]:
+    """The layers that reading, sealing or building on the kept ones takes; those that take part in others only by their pages, if not `whole`.
 
     A layer in a chain is needed for its own pages only: those are in it, or where it points on to. One that is not sealed yet is compared with its
     parent when it is, so the parent must be readable.
     """
-    whole: set[str] = set()
+    wholes: set[str] = set()
     content: set[str] = set()
-    waiting = [(name, True) for name in keep]
+    waiting = [(name, whole) for name in keep]
     while waiting:
         name, is_whole = waiting.pop()
-        if name in whole or (name in content and not is_whole):
+        if name in wholes or (name in content and not is_whole):
             continue
-        (whole if is_whole else content).add(name)
+        (wholes if is_whole else content).add(name)
         found = layers.get(name)
         if found is None:
             continue
         waiting += [(other, False) for other in (*(found.chain if is_whole else ()), *found.beneath)]
         if not found.sealed and found.parent:
             waiting.append((found.parent, True))
-    return whole | content
+    return wholes | content
 
 
 class _Collection:
@@ -81,28 +105,48 @@ class _Collection:
         self.postponed: list[str] = []
 
     def look(self) -> None:
-        store = self._store
-        for path in sorted(store.layers.iterdir()):
-            draft = path.name.startswith(disk.STAGED)
+        """The layers before the drafts: one that does without others since is seen after a draft that stands on those was written down."""
+        names = _names(self._store)
+        for name in names:
+            self._see(name)
+        for path in sorted(self._store.layers.iterdir()):
             name = path.name.removeprefix(disk.STAGED)
-            if not layer.is_id(name):
-                continue
-            files = store.draft(name) if draft else store.layer(name)
-            held = locks.is_held(path) or (not draft and locks.is_held(files.runs))
-            try:
-                record = layer.load(files, name)
-            except RametError as error:
-                record = None
-                if not draft and path.exists():  # else it went while we looked
-                    self._damaged[name] = error
-            if draft and not held:
-                self._drafts.append(path)
-            elif draft:
-                self._held |= {record.parent} - {""} if record else set()
-            else:
-                self._held |= {name} if held else set()
-                if record:
-                    self._layers[name] = record
+            if path.name.startswith(disk.STAGED) and layer.is_id(name):
+                self._see_draft(path, name)
+            elif layer.is_id(name) and name not in names:
+                self._see(name)
+
+    def see(self, names: Iterable[str]) -> None:
+        """Look at those that were published since."""
+        for name in names:
+            if name not in self._layers and layer.is_id(name):
+                self._see(name)
+
+    def _see(self, name: str) -> None:
+        files = self._store.layer(name)
+        try:
+            record = self._layers[name] = layer.load(files, name)
+        except RametError as error:
+            record = None
+            if files.root.exists():  # else it went while we looked
+                self._damaged[name] = error
+        busy = layer.index_file(files, record) if record and record.sealed else files.runs
+        if locks.is_held(files.root) or locks.is_held(busy):
+            self._held.add(name)
+
+    def _see_draft(self, path: Path, name: str) -> None:
+        held = locks.is_held(path)
+        try:
+            record = layer.load(self._store.draft(name), name)
+        except RametError:
+            if not path.exists():  # published meanwhile, or given up
+                self.see([name])
+                return
+            record = None
+        if not held:
+            self._drafts.append(path)
+        elif record:
+            self._held |= {record.parent, *record.chain} - {"", name}
 
     def remove_drafts(self) -> None:
         for path in self._drafts:
@@ -164,6 +208,7 @@ def collect(store: StoreDir, keep: Iterable[str] | Callable[[], Iterable[str]], 
     run = _Collection(store, step)
     run.look()
     names = set(keep() if callable(keep) else keep)
+    run.see(names)
     run.remove_drafts()
     run.remove_layers(names)
     run.remove_blobs()

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from ramet.errors import HostError, LayerError
 from ramet.paths import LayerDir
 from ramet.store import columns
-from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
+from ramet.store.layer import CHUNK_PAGES, PAGE, Layer, index_file
 
 MARK = 16  # bytes of the SHA-256 of a compressed frame
 _MAGIC = b"RAMETIDX"
@@ -107,7 +107,7 @@ _loaded: WeakValueDictionary[tuple[str, str], Index] = WeakValueDictionary()
 
 def of_layer(files: LayerDir, layer: Layer) -> Index:
     """The index of a sealed layer, read once for all chains of this process. LayerError when it is missing or damaged."""
-    key = (str(files.index), layer.index_digest)
+    key = (str(index_file(files, layer)), layer.index_digest)
     index = _loaded.get(key)
     if index is None:
         index = _loaded[key] = read(files, layer)
@@ -117,12 +117,13 @@ def of_layer(files: LayerDir, layer: Layer) -> Index:
 def read(files: LayerDir, layer: Layer) -> Index:
     """The index as it is on the disk now."""
     what = f"the index of layer {layer.id}"
+    path = index_file(files, layer)
     try:
-        data = files.index.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise LayerError(f"{what} is missing") from error
     except OSError as error:
-        raise HostError(f"cannot read {files.index}: {error.strerror}") from error
+        raise HostError(f"cannot read {path}: {error.strerror}") from error
     if "sha256:" + hashlib.sha256(data).hexdigest() != layer.index_digest:
         raise LayerError(f"{what} is damaged: its content does not match the record's digest")
     return Index.load(data, what)

@@ -42,6 +42,7 @@ class Layer:
     parent: the layer it was made against, empty at the bottom. base: the raw image below the bottom of a disk, relative to the state directory.
     chain: the layers that its pages come from, itself last: owner i of `owners` is chain[i-1], owner 0 is the base, or zeros.
     beneath: where the pages are that sealing found to be as they were before; the index says which.
+    tables: how often the layer was sealed anew with other owners; the names of its tables say it, so that this record switches all of them at once.
     blobs: what the index's entries count. spool_bytes: how long the spool is. stored_bytes: what the layer takes on the disk, blobs that it shares not counted.
     boot: the boot of this host that has not yet written it to the disk; empty when it is there.
     """
@@ -56,6 +57,7 @@ class Layer:
     chain: tuple[str, ...] = ()
     beneath: tuple[str, ...] = ()
     sealed: bool = False
+    tables: int = 0
     blobs: tuple[str, ...] = ()
     index_digest: str = ""
     spool_bytes: int = 0
@@ -68,6 +70,25 @@ class Layer:
     def pages(self) -> int:
         """The last one may be a part of a page."""
         return (self.size + PAGE - 1) // PAGE
+
+
+def owners_file(files: LayerDir, record: Layer) -> Path:
+    """Where the table of owners is that belongs to this record."""
+    return _numbered(files.owners, record.tables)
+
+
+def index_file(files: LayerDir, record: Layer) -> Path:
+    """Where the index is that belongs to this record, when it is a sealed layer's."""
+    return _numbered(files.index, record.tables)
+
+
+def older_tables(files: LayerDir, record: Layer) -> list[Path]:
+    """The tables of the records before this one."""
+    return [_numbered(path, number) for number in range(record.tables) for path in (files.index, files.owners)]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}") if number else path
 
 
 def new_id() -> str:
@@ -154,6 +175,8 @@ def _problem(layer: Layer, layer_id: str) -> str:
         return "it names what is no blob"
     if not 0 < layer.size <= MAX_PAGES * PAGE:
         return f"its size is {layer.size}"
+    if layer.tables < 0:
+        return f"its tables are number {layer.tables}"
     return base_problem(layer.base)
 
 

@@ -74,6 +74,11 @@ def usable() -> str:
     return "" if process.find("fusermount3") else "the program fusermount3 is not installed (package fuse3), which mounts without root"
 
 
+def is_mounted(files: StoreDir) -> bool:
+    """Whether anything is mounted for the store, served or not."""
+    return bool(_mounts(files.mount))
+
+
 class ImageFs:
     """The image file system of a store. command: what runs the keeper, for tests with sources of their own.
 

@@ -160,6 +160,22 @@ class Owners:
         owner = array("H", (renamed[old] for old in self.owner))
         return Owners(starts=self.starts, owner=owner), tuple(chain[number - 1] for number in kept)
 
+    def adopt(self, chain: list[str], head: int, adopted: set[int]) -> tuple[Owners, tuple[str, ...]]:
+        """After the chain's layer number `head` has taken over what the layers of these numbers own: without them, and with it last."""
+        used = set(self.owner) - adopted - {0, head}
+        kept = [number for number in range(1, len(chain) + 1) if number in used] + [head]
+        renamed = {0: 0} | dict.fromkeys(adopted, len(kept)) | {old: new for new, old in enumerate(kept, 1)}
+        starts, owner = array("I"), array("H")
+        last = -1
+        for start, old in zip(self.starts, self.owner, strict=False):  # the last start is the end
+            now = renamed[old]
+            if now != last:
+                starts.append(start)
+                owner.append(now)
+                last = now
+        starts.append(self.pages)
+        return Owners(starts=starts, owner=owner), tuple(chain[number - 1] for number in kept)
+
     def dump(self) -> bytes:
         """As a file."""
         return columns.dump(_OWNERS, [self.starts, self.owner])

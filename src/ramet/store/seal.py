@@ -1,4 +1,6 @@
-"""`python -m ramet.store.seal STORE_ROOT ID...`: the process that seals layers in the background, one after the other.
+"""`python -m ramet.store.seal STORE_ROOT ID... [--adopt ID]...`: the process that seals layers in the background, one after the other.
+
+--adopt: a layer whose pages each of them takes over if it has it in its chain, see `Store.seal`.
 
 Prints `ID FRACTION` as it goes. Exits 0; or, at the first layer that fails, prints the error as the API sends it, as one line of JSON
 on stderr, and exits with the error's code.
@@ -6,6 +8,7 @@ on stderr, and exits with the error's code.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -24,15 +27,24 @@ _EVERY = 0.2  # seconds between two lines
 def main(argv: Sequence[str]) -> int:
     """Seal the layers named; the exit code."""
     os.nice(_NICE)
-    store = Store(StoreDir(root=Path(argv[0])))
+    words = _arguments(argv)
+    store = Store(StoreDir(root=words.root))
     try:
-        for layer_id in argv[1:]:
-            store.seal(layer_id, _Printer(layer_id))
+        for layer_id in words.layers:
+            store.seal(layer_id, _Printer(layer_id), adopt=words.adopt)
             _say(layer_id, 1.0)
     except RametError as error:
         sys.stderr.write(json.dumps(error.wire()) + "\n")
         return error.exit
     return 0
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ramet.store.seal")
+    parser.add_argument("root", type=Path)
+    parser.add_argument("layers", nargs="+", metavar="ID")
+    parser.add_argument("--adopt", action="append", default=[], metavar="ID")
+    return parser.parse_args(argv)
 
 
 class _Printer:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from ramet.errors import LayerError
 from ramet.paths import StoreDir
@@ -18,12 +22,22 @@ from ramet.store.chain import Chain
 from ramet.store.index import MARK, Index
 from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
 from ramet.store.runs import ZERO, Runs
-from ramet.store.source import Spool
 
 Progress = Callable[[float], None]  # how much is done, 0 to 1
 _ZERO_PAGE = bytes(PAGE)
 _BLOCK = 256  # pages that are read at once: 1 MiB
 _ALL = (1 << CHUNK_PAGES) - 1
+
+
+class Pages(Protocol):
+    """What is sealed: `source.Spool`, or what a layer adopts."""
+
+    @property
+    def runs(self) -> Runs:
+        """Which pages there are, and where."""
+
+    def pages(self, where: int, count: int) -> bytes:
+        """So many pages from the place that a run tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,23 +156,34 @@ class _Columns:
 
 
 class Sealer:
-    """Takes a layer's chunks one by one. below: what the layer is a difference of; None when that is gone, and nothing is compared then."""
+    """Takes a layer's chunks one by one.
 
-    def __init__(self, writer: blob.Writer, frames: Known, below: Chain | None, *, based: bool) -> None:
+    below: what the layer is a difference of; None when that is gone, and nothing is compared then. adopted: layers that may not be pointed to.
+    """
+
+    def __init__(self, writer: blob.Writer, frames: Known, below: Chain | None, *, based: bool, adopted: Collection[str] = ()) -> None:
         self._writer = writer
         self._frames = frames
         self._below = below
         self._based = based
+        self._adopted = adopted
         self._columns = _Columns()
         self._own: dict[bytes, tuple[int, int]] = {}  # mark -> offset and length, of frames written here
         self._blobs: dict[str, int] = {}  # other layers' blobs that are referred to, from 1 on; 0 is the layer's own
         self._beneath: dict[str, int] = {}
 
-    def run(self, source: Spool, progress: Progress | None) -> Sealing:
-        """Everything that the source holds. The writer's blob is finished when this returns; its index may be written before it is published."""
-        total = sum(source.runs.count) or 1
+    def run(self, sources: Sequence[Pages], progress: Progress | None, moved: Iterable[tuple[int, int, str]] = ()) -> Sealing:
+        """Everything that the sources hold, no page twice. The writer's blob is finished when this returns; its index may be written before it is published.
+
+        moved: pages of none of them, in order, where nothing is compared: first page, the page after the last, and the layer that has them.
+        """
+        for first, end, owner in moved:
+            for page in range(first, end):
+                self._moved(page, owner)
+        total = sum(sum(source.runs.count) for source in sources) or 1
         done = 0
-        for chunk, pages in chunks(source):
+        for chunk, parts in groupby(heapq.merge(*map(chunks, sources), key=itemgetter(0)), itemgetter(0)):
+            pages = sorted((stretch for _, found in parts for stretch in found), key=itemgetter(0))
             self._chunk(chunk, pages)
             done += sum(count for _, count, _ in pages)
             if progress and not chunk & 0x3F:
@@ -169,9 +194,11 @@ class Sealer:
         if not digest and others:
             made.blob[:] = array("H", (max(0, which - 1) for which in made.blob))
         blobs = (*([digest] if digest else []), *others)
-        return Sealing(index=made, blobs=blobs, beneath=tuple(self._beneath), kept=_kept(made), stored=self._writer.size if digest else 0)
+        return Sealing(
+            index=made, blobs=blobs, beneath=tuple(self._beneath), kept=kept_pages(made), stored=self._writer.size if digest else 0
+        )
 
-    def _chunk(self, chunk: int, pages: list[Pages]) -> None:
+    def _chunk(self, chunk: int, pages: list[Stretch]) -> None:
         data = zero = 0
         parts: list[bytes] = []
         begin = chunk * CHUNK_PAGES
@@ -184,7 +211,8 @@ class Sealer:
                     if owners is None or self._based or owners[number]:
                         zero |= 1 << number
                     continue
-                if below and below.startswith(content[at : at + PAGE], number * PAGE) and owners:
+                same = below and below.startswith(content[at : at + PAGE], number * PAGE)
+                if same and owners and owners[number] not in self._adopted:
                     self._moved(first + page, owners[number])
                     continue
                 data |= 1 << number
@@ -227,13 +255,13 @@ class Sealer:
         return (0, at, len(frame)), mark
 
 
-Pages = tuple[int, int, bytes | None]  # first page, count, their content; None when they are zero
+Stretch = tuple[int, int, bytes | None]  # first page, count, their content; None when they are zero
 
 
-def chunks(source: Spool) -> Iterator[tuple[int, list[Pages]]]:
+def chunks(source: Pages) -> Iterator[tuple[int, list[Stretch]]]:
     """What the source holds of each chunk, in order."""
     now = -1
-    pages: list[Pages] = []
+    pages: list[Stretch] = []
     for first, count, where in source.runs:
         end = first + count
         while first < end:
@@ -261,7 +289,7 @@ def _cut(first: int, end: int) -> Iterator[tuple[int, int, int]]:
         first = stop
 
 
-def _kept(made: Index) -> Runs:
+def kept_pages(made: Index) -> Runs:
     """The pages that the index answers for, as runs whose places mean nothing but data or zero."""
 
     def pages() -> Iterator[tuple[int, int, int]]:
@@ -279,7 +307,7 @@ def _kept(made: Index) -> Runs:
     return Runs.build(pages())
 
 
-def read_back(chain: Chain, source: Spool) -> None:
+def read_back(chain: Chain, source: Pages) -> None:
     """LayerError unless the sealed layer reads as the source does, in each of its pages."""
     for first, count, where in source.runs:
         for start in range(0, count, _BLOCK):

@@ -4,7 +4,7 @@ Everything is staged, then renamed: a crash leaves the old or the new, and what 
 
 Locks, all by flock, so that they end with their holder:
 a draft's directory, also after it is published, until its maker has written down that it exists;
-a spool's `runs`, while it is sealed or made durable;
+a spool's `runs`, while it is sealed or made durable; a sealed layer's index, while it is sealed anew;
 the directory of blobs, shared by those who refer to blobs that no record names yet, alone by one who removes blobs.
 """
 
@@ -18,21 +18,22 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from ramet import locks
-from ramet.errors import BusyError, LayerError, SpecError
+from ramet.errors import BusyError, HostError, LayerError, SpecError
 from ramet.paths import LayerDir, StoreDir
 from ramet.store import disk, garbage, layer, sealing, verify
+from ramet.store.adoption import LARGEST, Adoption
 from ramet.store.blob import Writer
-from ramet.store.chain import Chain, Locate, published, read_owners, spool_runs
+from ramet.store.chain import Chain, Locate, published, published_owners, spool_runs
 from ramet.store.garbage import Freed
 from ramet.store.layer import PAGE, Kind, Layer
 from ramet.store.runs import ZERO, Owners, Runs
-from ramet.store.sealing import Progress
+from ramet.store.sealing import Pages, Progress
 from ramet.store.source import Spool, is_hole
 
 _BLOCK = 1 << 20
@@ -135,7 +136,7 @@ class Store:
         _check(record, runs, length)
         if durable:
             self._settle_below(record)
-        owners, chain = self._owners(record, runs)
+        owners, chain = self._owners(record, files, runs)
         data, zero = runs.pages()
         record = dataclasses.replace(
             record,
@@ -169,30 +170,44 @@ class Store:
         with self._referring():
             self._settle_below(record)
             record, kept = self._seal(record, files, source, progress)
-            owners, chain = self._owners(record, kept)
+            owners, chain = self._owners(record, files, kept)
             record = dataclasses.replace(record, chain=chain)
             disk.replace(files.owners, owners.dump(), durable=True)
-            self._verified(record, files, source)
+            self._verified(record, files, source, None)
             layer.save(files, record, durable=True)
             self._publish(draft, durable=True)
         return record
 
-    def seal(self, layer_id: str, progress: Progress | None = None) -> Layer:
+    def seal(self, layer_id: str, progress: Progress | None = None, *, adopt: Collection[str] = ()) -> Layer:
         """Compress a layer's spool into a blob, and delete the spool; a sealed layer stays as it is. BusyError while another seals it.
 
-        NoSpaceError, HostError, LayerError: it is as it was.
+        adopt: layers, of which those in its chain become superfluous to it: it takes over the pages that come from them, unless they are more than
+        `adoption.LARGEST`, and is sealed anew for that when it is sealed already. NoSpaceError, HostError, LayerError: it is as it was.
         """
         files = self.files.layer(layer_id)
-        with self._spool_lock(layer_id) as locked, self._referring():
-            record = layer.published(self.files, layer_id)
-            if not record.sealed and locked:
-                record = self._seal_spool(record, files, progress)
-                self._step("seal spool")
-            if record.sealed:
-                _drop_spool(files)
+        record = layer.published(self.files, layer_id)
+        if adopt or not record.sealed:
+            with self._seal_lock(layer_id) as record, self._referring():
+                if adopt or not record.sealed:
+                    record = self._seal_anew(record, files, progress, adopt)
+                    self._step("seal spool")
+        _drop_old(files, record)
         if progress:
             progress(1.0)
         return record
+
+    def adoptable(self, layer_id: str, keep: Iterable[str], *, shared: bool = False) -> list[str]:
+        """The layers that are there only because this one needs their pages, for `seal` to adopt; it reads no more records than it must.
+
+        keep: the layers that are to stay, this one among them or not. shared: also those that others of `keep` need. They go when all of these have adopted
+        them or are gone, so a chain does not grow either when a parent is deleted after its child was sealed; until then small ones are there twice.
+        """
+        records = garbage.Records(self.files)
+        others = set(keep) - {layer_id}
+        found = records.get(layer_id)
+        below = garbage.needed(records, found.chain, whole=False) if found else set()
+        elsewhere = others if shared else garbage.needed(records, others)
+        return sorted(below - elsewhere - {layer_id})
 
     def get(self, layer_id: str) -> Layer:
         """A layer's record. NotFoundError, LayerError."""
@@ -237,15 +252,17 @@ class Store:
 
     # How layers come to be
 
-    def _owners(self, record: Layer, runs: Runs) -> tuple[Owners, tuple[str, ...]]:
-        chain: list[str] = []
-        owners = Owners.nobody(record.pages)
-        if record.parent:
-            above = layer.published(self.files, record.parent)
-            chain = list(above.chain)
-            owners = read_owners(self.files.layer(above.id), above)
-        chain.append(record.id)
-        return owners.overlay(runs, len(chain), based=bool(record.base)).compact(chain)
+    def _owners(self, record: Layer, files: LayerDir, runs: Runs) -> tuple[Owners, tuple[str, ...]]:
+        if not record.parent:
+            return Owners.nobody(record.pages).overlay(runs, 1, based=bool(record.base)), (record.id,)
+        while True:
+            above, owners = published_owners(self.files, record.parent)
+            chain = [*above.chain, record.id]
+            owners, names = owners.overlay(runs, len(chain), based=bool(record.base)).compact(chain)
+            # If the parent does without some of them by now, only this draft tells a gc that they are needed.
+            layer.save(files, dataclasses.replace(record, chain=names), durable=False)
+            if layer.published(self.files, above.id).tables == above.tables:
+                return owners, names
 
     def _publish(self, draft: Draft, *, durable: bool) -> None:
         self._step("publish rename")
@@ -258,52 +275,60 @@ class Store:
                 self.files.layer(draft.id).root.rename(draft.files.root)
                 raise
 
-    def _seal_spool(self, record: Layer, files: LayerDir, progress: Progress | None) -> Layer:
+    def _seal_anew(self, record: Layer, files: LayerDir, progress: Progress | None, adopt: Collection[str]) -> Layer:
         try:
-            runs = spool_runs(files, record)
-            source = Spool(runs, files.spool, f"the spool of layer {record.id}", length=record.spool_bytes)
-            try:
-                record, _ = self._seal(record, files, source, progress)
-                self._verified(record, files, source)
-            finally:
-                source.release()
+            with contextlib.ExitStack() as stack:
+                adoption = stack.enter_context(Adoption(self.files, record, adopt)) if adopt else None
+                if record.sealed and not adoption:
+                    return record
+                source: Pages | None = None
+                if not record.sealed:
+                    runs = spool_runs(files, record)
+                    source = Spool(runs, files.spool, f"the spool of layer {record.id}", length=record.spool_bytes)
+                    stack.callback(source.release)
+                record, _ = self._seal(record, files, source, progress, adoption or None)
+                self._verified(record, files, source, adoption or None)
         except FileNotFoundError as error:
             raise LayerError(f"layer {record.id} cannot be sealed: {error.filename} is missing") from error
         self._step("seal record")
         layer.save(files, record, durable=True)
         return record
 
-    def _seal(self, record: Layer, files: LayerDir, source: Spool, progress: Progress | None) -> tuple[Layer, Runs]:
-        """Write the index and the blob. The record that will name them, and the pages that they answer for."""
+    def _seal(
+        self, record: Layer, files: LayerDir, source: Pages | None, progress: Progress | None, adoption: Adoption | None = None
+    ) -> tuple[Layer, Runs]:
+        """Write the index and the blob. The record that will name them, and the pages that they answer for. source: None for what is sealed already."""
         self._step("seal pages")
+        adopted = adoption.adopted if adoption else frozenset()
+        layers = self.layers()
         with contextlib.ExitStack() as stack:
-            frames = stack.enter_context(sealing.known(self.files, self.layers()))
-            below = self._below(record)
+            # What is adopted is to go, with its blobs; as is the layer's own blob, unless it would be much to write again.
+            spared = {record.id} if record.data_bytes <= LARGEST else set()
+            frames = stack.enter_context(sealing.known(self.files, (each for each in layers if each.id not in adopted | spared)))
+            below = self._below(record) if source else None
             if below:
                 stack.enter_context(below)
             writer = stack.enter_context(Writer(self.files.blobs))
-            made = sealing.Sealer(writer, frames, below, based=bool(record.base)).run(source, progress)
+            sealer = sealing.Sealer(writer, frames, below, based=bool(record.base), adopted=adopted)
+            made = sealer.run([each for each in (source, adoption) if each], progress, adoption.moved() if adoption else ())
             if not record.chain:
                 made = made.without_moves()  # nobody stands on it yet: what it does not hold will be said to be others'
+            if adoption:
+                owners, chain = adoption.owners(made)
+                record = dataclasses.replace(record, tables=record.tables + 1, chain=chain)
+                self._step("seal owners")
+                disk.replace(layer.owners_file(files, record), owners.dump(), durable=True)
             self._step("seal index")
             content = made.index.dump()
-            disk.replace(files.index, content, durable=True)
+            disk.replace(layer.index_file(files, record), content, durable=True)
             self._step("seal blob")
             writer.publish()
-        data, zero = made.index.pages()
-        record = dataclasses.replace(
-            record,
-            sealed=True,
-            blobs=made.blobs,
-            beneath=made.beneath,
-            index_digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
-            spool_bytes=0,
-            data_bytes=data * PAGE,
-            zero_bytes=zero * PAGE,
-            stored_bytes=made.stored + len(content),
-            boot="",
-        )
-        return record, made.kept
+        return _sealed(record, made, content, self._kept_blobs(record, made, layers)), made.kept
+
+    def _kept_blobs(self, record: Layer, made: sealing.Sealing, layers: Iterable[Layer]) -> int:
+        """Bytes of the blobs that the layer had to itself before it was sealed anew, and still has."""
+        shared = {digest for each in layers if each.id != record.id for digest in each.blobs}
+        return sum(disk.allocated(self.files.blob(digest)) for digest in made.blobs if digest in record.blobs and digest not in shared)
 
     def _below(self, record: Layer) -> Chain | None:
         if not record.parent:
@@ -313,62 +338,83 @@ class Store:
         except LayerError:
             return None  # removed or damaged: the layer has all that is its own
 
-    def _verified(self, record: Layer, files: LayerDir, source: Spool) -> None:
-        """LayerError unless the layer reads as its source does, when `record` is its record."""
+    def _verified(self, record: Layer, files: LayerDir, source: Pages | None, adoption: Adoption | None) -> None:
+        """LayerError unless the layer reads as its source does, and as before, when `record` is its record."""
         others = published(self.files)
         locate: Locate = lambda name: (record, files) if name == record.id else others(name)  # noqa: E731
         self._step("seal read back")
         with Chain.open(self.files, record.id, locate) as chain:
-            sealing.read_back(chain, source)
+            if source:
+                sealing.read_back(chain, source)
+            if adoption:
+                adoption.read_back(chain)
 
     # What is on the disk
 
     def settle(self, layer_id: str) -> None:
         """Put a published layer on the disk, and all it stands on."""
-        self._settle_all(list(layer.published(self.files, layer_id).chain))
+        before: dict[str, Layer] | None = None
+        while True:
+            seen: dict[str, Layer] = {}
+            try:
+                self._settle_all(layer_id, seen)
+                return
+            except (LayerError, HostError):
+                # What one of them has adopted since may be gone: then the records say something else the next time.
+                if seen == before:
+                    raise
+                before = seen
 
     def _settle_below(self, record: Layer) -> None:
         if record.parent:
             self.settle(record.parent)
 
-    def _settle_all(self, waiting: list[str]) -> None:
-        settled: set[str] = set()
+    def _settle_all(self, layer_id: str, seen: dict[str, Layer]) -> None:
+        waiting = list(layer.published(self.files, layer_id).chain)
         while waiting:
             name = waiting.pop()
-            if name not in settled:
-                settled.add(name)
-                waiting += self._settle(name).beneath
+            if name not in seen:
+                seen[name] = self._settle(name)
+                waiting += seen[name].beneath
 
     def _settle(self, layer_id: str) -> Layer:
         files = self.files.layer(layer_id)
         while (record := layer.published(self.files, layer_id)).boot:
             # Whoever seals it puts it on the disk as well.
-            with self._spool_lock(layer_id, patience=_PATIENCE) as locked:
-                record = layer.published(self.files, layer_id)
-                if locked and record.boot:
-                    for path in (files.spool, files.runs, files.owners):
+            with self._seal_lock(layer_id, patience=_PATIENCE) as now:
+                if now.boot:
+                    for path in (files.spool, files.runs, layer.owners_file(files, now)):
                         disk.sync(path)
-                    layer.save(files, dataclasses.replace(record, boot=""), durable=True)
+                    layer.save(files, dataclasses.replace(now, boot=""), durable=True)
                     disk.sync(self.files.layers)
         return record
 
     @contextlib.contextmanager
-    def _spool_lock(self, layer_id: str, patience: float = _GLANCE) -> Iterator[bool]:
-        """Keep others from sealing the layer in the body. False when there is no spool: it is sealed.
+    def _seal_lock(self, layer_id: str, patience: float = _GLANCE) -> Iterator[Layer]:
+        """Keep others from sealing the layer in the body; its record by then.
 
-        BusyError when another has it for longer than `patience` seconds.
+        BusyError when another has it for longer than `patience` seconds, LayerError when the file to lock is missing.
         """
-        path = self.files.layer(layer_id).runs
+        files = self.files.layer(layer_id)
         deadline = time.monotonic() + patience
-        while (lock := locks.try_lock(path)) is None and path.exists():
+        while True:
+            record = layer.published(self.files, layer_id)
+            path = layer.index_file(files, record) if record.sealed else files.runs
+            lock = locks.try_lock(path)
+            now = layer.published(self.files, layer_id)
+            if lock is not None and (now.sealed, now.tables) == (record.sealed, record.tables):
+                break
+            if lock is not None:
+                os.close(lock)
+            elif now == record and not path.exists():
+                raise LayerError(f"layer {layer_id} cannot be sealed: {path} is missing")
             if time.monotonic() > deadline:
                 raise BusyError(f"layer {layer_id} is being sealed", hint="Try again in a moment.")
             time.sleep(_NAP)  # flock has no event that comes with a deadline
         try:
-            yield lock is not None
+            yield now
         finally:
-            if lock is not None:
-                os.close(lock)
+            os.close(lock)
 
     @contextlib.contextmanager
     def _referring(self) -> Iterator[None]:
@@ -391,11 +437,28 @@ def _check(record: Layer, runs: Runs, length: int) -> None:
             raise LayerError(f"the spool of layer {record.id} has {length} bytes: the {count} pages from {first} are not in it")
 
 
-def _drop_spool(files: LayerDir) -> None:
-    # The runs last: as long as they are there, whoever seals again knows that something may be left.
+def _sealed(record: Layer, made: sealing.Sealing, content: bytes, kept: int) -> Layer:
+    """The record of a layer that was sealed. content: its index. kept: bytes of its own that lie in older blobs."""
+    data, zero = made.index.pages()
+    return dataclasses.replace(
+        record,
+        sealed=True,
+        blobs=made.blobs,
+        beneath=made.beneath,
+        index_digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
+        spool_bytes=0,
+        data_bytes=data * PAGE,
+        zero_bytes=zero * PAGE,
+        stored_bytes=made.stored + kept + len(content),
+        boot="",
+    )
+
+
+def _drop_old(files: LayerDir, record: Layer) -> None:
+    """Remove what the layer was kept in before; another may be sealing it anew meanwhile: his files have other names."""
     with disk.guard("remove", files.spool):
-        files.spool.unlink(missing_ok=True)
-        files.runs.unlink(missing_ok=True)
+        for path in (*layer.older_tables(files, record), files.spool, files.runs):
+            path.unlink(missing_ok=True)
 
 
 def _seekable(fd: int) -> bool:

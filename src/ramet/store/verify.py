@@ -17,6 +17,21 @@ _BLOCK = 256  # pages
 
 def problems(store: StoreDir, layer_id: str) -> list[str]:
     """What is wrong with a layer or with what it stands on: one sentence each, which names the layer, and the chunk and the blob where it is about those."""
+    while True:
+        found, records = _look(store, layer_id)
+        if not found or not any(_replaced(store, record) for record in records.values()):
+            return found
+
+
+def _replaced(store: StoreDir, record: Layer) -> bool:
+    """Whether the layer was sealed since: what we missed was there before, or is not needed any more."""
+    try:
+        return layer.published(store, record.id) != record
+    except RametError:
+        return False
+
+
+def _look(store: StoreDir, layer_id: str) -> tuple[list[str], dict[str, Layer]]:
     found: list[str] = []
     records: dict[str, Layer] = {}
     waiting = [layer_id]
@@ -37,7 +52,7 @@ def problems(store: StoreDir, layer_id: str) -> list[str]:
         found += _blob(store, digest, [name for name in records if digest in records[name].blobs])
     if layer_id in records and not found:
         found += _reads(store, layer_id)
-    return found
+    return found, records
 
 
 def _own(store: StoreDir, record: Layer) -> Iterator[str]:

@@ -29,6 +29,7 @@ SPAWN_DEADLINE = 30.0
 BOOT_DEADLINE = 180.0  # an emulated boot takes 2 s; Debian's kernel on a busy host took a minute
 LOAD_DEADLINE = 60.0  # for the devices' state of a snapshot: 10 ms, on an idle host
 HOOKS_DEADLINE = 300.0  # for /etc/ramet/fork.d
+_DYING = 1.0  # seconds, as the next, where it is likely that QEMU lives
 _CLOSING = 5.0  # seconds between the end of QEMU's sockets and of QEMU, on a busy host
 POWER_OFF_GRACE = 8.0  # seconds the guest's processes get after SIGTERM
 POWER_OFF_DEADLINE = 30.0
@@ -240,8 +241,12 @@ class Vm:
             guest.greet(resync=False, identity=who)
             await self.monitor("cont")
             await self._while_alive(guest.answered(deadline))
-        except BaseException:
+        except BaseException as error:
             guest.abort("given up")
+            if isinstance(error, MachineFailedError) and await self._dies_within(_DYING):  # a QEMU that ends closes its monitor first
+                await self._settled()
+                death = postmortem(self.files)
+                raise MachineFailedError(death.reason, hint=error.hint, details={"log": death.log}) from error
             raise
         self._take(guest)
         await self._hooks(who)
