@@ -112,6 +112,9 @@ class Forks:
                 return await self._create(found, name, whole)
             except RametError as error:
                 return error
+            except Exception as error:  # its siblings' outcomes count all the same
+                log.error("the start of %s", name, exc_info=error)
+                return MachineFailedError(f"{name} did not start: {error!r}")
 
     def children(self, entry: Entry, count: int) -> list[str]:
         """Names for children: NAME-1, NAME-2…, those that are free."""
@@ -228,10 +231,11 @@ class Forks:
 
     async def _refill(self, snapshot_id: str) -> None:
         while (found := self._ops.snapshots.get(snapshot_id)) and found.state is SnapshotState.READY:
-            parked = [each for each in self._ops.entries.values() if each.record.pool == snapshot_id]
-            if len(parked) > found.pool:
-                await self._ops.drop(parked[-1])
-            elif len(parked) == found.pool:
+            of_it = [each for each in self._ops.entries.values() if each.record.pool == snapshot_id]
+            dead = [each for each in of_it if each.record.state is not State.PAUSED and not each.operation]
+            if dead or len(of_it) > found.pool:
+                await self._ops.drop((dead or of_it)[-1])
+            elif len(of_it) == found.pool:
                 return
             else:
                 await self._park(found)
@@ -331,11 +335,6 @@ class Forks:
         for files in restoring.tests_left(self._ops.state.machines):
             log.info("a test of a snapshot was cut off: %s", files.root.name)
             await restoring.end_test(files)
-        for found in list(self._ops.snapshots.values()):
-            if found.state in (SnapshotState.SAVING, SnapshotState.TESTING):
-                self._sealer.add(found, test=bool(found.name))
-            elif found.pool:
-                self.refill(found)
         for entry in list(self._ops.entries.values()):
             record = entry.record
             never = (
@@ -343,6 +342,11 @@ class Forks:
             )  # of a fork that was cut off
             if never or (record.pool and record.state is not State.PAUSED):
                 await self._ops.drop(entry)
+        for found in list(self._ops.snapshots.values()):
+            if found.state in (SnapshotState.SAVING, SnapshotState.TESTING):
+                self._sealer.add(found, test=bool(found.name))
+            elif found.pool:
+                self.refill(found)
         await self.sweep()
 
 

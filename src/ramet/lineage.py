@@ -18,12 +18,14 @@ def find(snapshots: Mapping[str, Snapshot], name: str) -> Snapshot:
 
 
 def machines_on(snapshot: Snapshot, machines: Iterable[Record]) -> list[Record]:
-    """Machines that came from it, or were last saved as it and need it to go on. Parked ones are the snapshot's own."""
-    return [
-        each
-        for each in machines
-        if each.snapshot_id == snapshot.id and not each.pool and (each.name != snapshot.machine or each.state is State.HIBERNATED)
-    ]
+    """Machines that came from it, and its own machine where that needs it to go on. Parked ones are the snapshot's own."""
+
+    def stands(each: Record) -> bool:
+        if each.name == snapshot.machine and each.source_id != snapshot.id:
+            return each.snapshot_id == snapshot.id and each.state is State.HIBERNATED
+        return snapshot.id in (each.snapshot_id, each.source_id)
+
+    return [each for each in machines if not each.pool and stands(each)]
 
 
 def snapshots_on(snapshot: Snapshot, snapshots: Iterable[Snapshot]) -> list[Snapshot]:

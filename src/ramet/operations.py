@@ -324,10 +324,9 @@ class Operations:
         entry.doom = LOST
         await vm.kill(machine.files)  # `_died` does the rest
 
-    def unserved(self, entry: Entry) -> str:
-        """Why a QEMU got SIGBUS instead of its memory: what could not be read of its layers, in a sentence that names it."""
-        since = entry.started or entry.record.started_at or 0.0
-        found = mounting.faults(self.state.store, entry.record.memory_layer, since) if entry.record.memory_layer else []
+    def unserved(self, layer: str, since: float) -> str:
+        """Why a QEMU got SIGBUS instead of its memory: what could not be read of a layer, in a sentence that names it. since: Unix time."""
+        found = mounting.faults(self.state.store, layer, since) if layer else []
         return f"its memory could not be read: {found[-1].message}" if found else ""
 
     @contextlib.asynccontextmanager
@@ -427,7 +426,8 @@ class Operations:
             return
         await self.end(entry)
         death = vm.postmortem(machine.files)
-        reason = entry.doom or self.unserved(entry) or death.reason
+        since = entry.started or entry.record.started_at or 0.0
+        reason = entry.doom or self.unserved(entry.record.memory_layer, since) or death.reason
         entry.doom = ""
         log.warning("%s ended: %s", entry.record.name, reason)
         await self.set(entry, state=State.STOPPED if death.clean and not entry.record.pool else State.FAILED, reason=reason)

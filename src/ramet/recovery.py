@@ -25,6 +25,8 @@ async def reconcile(ops: Operations) -> None:
     for doomed in [*ops.state.machines.glob(".deleting-*"), *ops.state.snapshots.glob(".new-*"), *ops.state.snapshots.glob(".deleting-*")]:
         log.info("finishing the removal of %s", doomed.name)
         await asyncio.to_thread(bringup.remove_tree, doomed)
+    if not locks.is_held(ops.state.store.lock):
+        await ops.layers.stop()  # what a keeper that died has left
     await _find_snapshots(ops)
     adopting = []
     for record in await ops.db.machines():

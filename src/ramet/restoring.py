@@ -98,7 +98,7 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
         ops.doing(entry, "loading the devices")
         await go_on(ops, found, entry.vm, identity(entry))
     except MachineFailedError as error:
-        if reason := ops.unserved(entry):
+        if reason := ops.unserved(found.memory_layer, entry.started):
             raise LayerError(reason, hint="`ramet layer verify` checks a layer; start from another snapshot.") from error
         raise
     finally:
@@ -130,6 +130,7 @@ async def test(ops: Operations, found: Snapshot) -> str:
     """Start from a snapshot once, in a directory of its own; why that failed, or nothing."""
     files = MachineDir(root=ops.state.machines / f"{_TEST}{found.id}")
     who = Identity(hostname=found.spec.name, machine_id=os.urandom(16).hex(), generation=str(uuid.uuid4()))
+    began = time.time()
     try:
         await check(ops, found)
         machine = await launch(ops, found, files, found.spec)
@@ -139,7 +140,7 @@ async def test(ops: Operations, found: Snapshot) -> str:
         finally:
             await machine.kill()
     except RametError as error:
-        return error.message
+        return ops.unserved(found.memory_layer, began) or error.message
     finally:
         await end_test(files)
     return ""

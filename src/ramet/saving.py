@@ -32,6 +32,7 @@ from ramet.vm.disk import DiskState
 from ramet.vm.machine import Vm
 from ramet.vm.memory import PAGE
 
+_DYING = 5.0  # seconds for a QEMU that closed its monitor to end
 _SYNC_DEADLINE = 120.0  # seconds for a guest to write back what it holds, before its disk is saved without its memory
 
 
@@ -129,7 +130,14 @@ async def _disk_of(ops: Operations, entry: Entry) -> AsyncIterator[DiskState]:
 
 
 async def _settled(ops: Operations, entry: Entry) -> DiskState | None:
-    active = await capture.active_overlay(entry.vm) if entry.vm and not entry.vm.dead.done() else None
+    active = None
+    if entry.vm and not entry.vm.dead.done():
+        try:
+            active = await capture.active_overlay(entry.vm)
+        except RametError:
+            await asyncio.wait({entry.vm.dead}, timeout=_DYING)  # a QEMU that ends closes its monitor first
+            if not entry.vm.dead.done():
+                raise
     return await disks.settle(ops.state, ops.store, ops.state.machine(entry.record.id), entry.record.image_digest, active)
 
 

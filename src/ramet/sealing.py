@@ -24,6 +24,7 @@ class Sealer:
         self._ops = ops
         self._done = done
         self._queue: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+        self._again: set[str] = set()
         self._worker: asyncio.Task[None] | None = None
 
     def add(self, snapshot: Snapshot, *, test: bool) -> None:
@@ -39,6 +40,7 @@ class Sealer:
                 await self._seal(snapshot_id, test)
             except RametError as error:
                 log.error("snapshot %s: %s", snapshot_id, error.message)
+        await self._ops.collect()  # a sealed layer needs less than it did before
 
     async def _seal(self, snapshot_id: str, test: bool) -> None:
         found = self._ops.snapshots.get(snapshot_id)
@@ -50,8 +52,13 @@ class Sealer:
                 await self._compress([layer for layer in (found.disk_layer, found.memory_layer) if layer])
         except LayerError as error:
             reason = error.message
-        except RametError as error:  # it is whole all the same, and tried again after the daemon's next start
-            log.warning("%s stays uncompressed: %s", found.name or found.id, error.message)
+        except RametError as error:  # it is whole all the same
+            log.warning("%s stays uncompressed for now: %s", found.name or found.id, error.message)
+            self._again.add(snapshot_id)
+        else:
+            for each in self._again - {snapshot_id}:  # what stood in the way of others may be gone too
+                self._queue.put_nowait((each, False))
+            self._again.clear()
         if snapshot_id not in self._ops.snapshots:
             return
         if test and found.memory and not reason:

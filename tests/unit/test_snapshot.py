@@ -160,9 +160,7 @@ def test_the_tree() -> None:
         machine("pool-1", source="s2", pool="s2"),
     ]
     points = [saved(1, "web"), saved(2, "web", name="web@kept"), saved(5, "gone", parent="s2"), saved(6, "web")]
-    nodes = lineage.tree(
-        {each.id: each for each in machines}, {each.id: each for each in points}, {}, {"sha256:1": "debian:bookworm"}
-    )
+    nodes = lineage.tree({each.id: each for each in machines}, {each.id: each for each in points}, {}, {"sha256:1": "debian:bookworm"})
     drawn = {
         node.name or node.id: (node.kind, next((above.name or above.id for above in nodes if above.id == node.parent), ""))
         for node in nodes

@@ -235,18 +235,24 @@ class Vm:
 
     async def go_on(self, state: Path, who: Identity, *, deadline: float) -> None:
         """Let a QEMU that was started for a snapshot go on from it: devices, identity, and only then the cpus. Fails closed."""
-        guest = await Guest.reach(self.files.agent)  # before the devices are loaded: else the guest sees its port closed
+        guest: Guest | None = None
         try:
+            guest = await Guest.reach(self.files.agent)  # before the devices are loaded: else the guest sees its port closed
             await self.load(state)
             guest.greet(resync=False, identity=who)
             await self.monitor("cont")
             await self._while_alive(guest.answered(deadline))
         except BaseException as error:
-            guest.abort("given up")
-            if isinstance(error, MachineFailedError) and await self._dies_within(_DYING):  # a QEMU that ends closes its monitor first
+            if guest:
+                guest.abort("given up")
+            if isinstance(error, MachineFailedError | OSError) and await self._dies_within(
+                _DYING
+            ):  # a QEMU that ends closes its sockets first
                 await self._settled()
                 death = postmortem(self.files)
-                raise MachineFailedError(death.reason, hint=error.hint, details={"log": death.log}) from error
+                raise MachineFailedError(death.reason, hint=getattr(error, "hint", ""), details={"log": death.log}) from error
+            if isinstance(error, OSError):
+                raise MachineFailedError(f"QEMU's agent port does not answer: {error.strerror}") from error
             raise
         self._take(guest)
         await self._hooks(who)

@@ -1,0 +1,188 @@
+"""A store without space, and one whose disk fails: saving says so, the machine goes on, nothing is lost, and the next save works."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from ramet.engine import Engine
+from ramet.errors import HostError, NoSpaceError, RametError
+from ramet.model import State
+from ramet.paths import StateDir
+from ramet.store import disk
+from ramet.vm import memory
+from tests.fixtures import Artifacts, Box, States
+from tests.machine.aftermath import Trouble, busy, note, notes, settled, sound, swept, went_on
+
+SIZE = 192 << 20
+# Where it strikes: the database, the next overlay, the devices' state, the pages, the layers' own files, the compressed pages.
+LEFT = [0, 100 << 10, 300 << 10, 600 << 10, 4 << 20, 24 << 20, 44 << 20, 60 << 20]
+
+
+@pytest.fixture
+def small(states: States, tmp_path: Path) -> Iterator[StateDir]:
+    """A state directory on a file system of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    root = tmp_path / "small"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE},mode=700", "ramet-test", str(root)], check=True)
+    yield states.new(root)
+    states.scratch.states.pop()
+    subprocess.run(["umount", str(root)], check=True)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def cramped(small: StateDir) -> AsyncIterator[Engine]:
+    async with swept(small) as engine:
+        yield engine
+
+
+def fill(state: StateDir, left: int) -> Path:
+    """Take all of the space but `left` bytes."""
+    ballast = state.root / "ballast"
+    free = os.statvfs(state.root)
+    with open(ballast, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(4096, free.f_bavail * free.f_frsize - left))
+    return ballast
+
+
+async def fork(engine: Engine) -> None:
+    (outcome,) = await engine.fork("fat", names=("child",))
+    if outcome.error:
+        raise (NoSpaceError if outcome.error["code"] == NoSpaceError.code else HostError)(outcome.error["message"])
+
+
+VERBS: dict[str, Callable[[Engine], Awaitable[object]]] = {
+    "snapshot": lambda engine: engine.snapshot("fat", "tried"),
+    "fork": fork,
+    "hibernate": lambda engine: engine.hibernate("fat"),
+}
+
+
+async def tidy(engine: Engine) -> None:
+    """Remove what a verb made; let the machine run."""
+    await settled(engine)
+    for snapshot in await engine.snapshots("fat"):
+        if snapshot.name == "fat@tried":
+            await engine.delete_snapshot(snapshot.name)
+    for machine in await engine.list():
+        if machine.name == "child":
+            await engine.delete("child")
+    if (await engine.get("fat")).state is State.HIBERNATED:
+        await engine.resume("fat")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_no_space_while_saving(cramped: Engine, small: StateDir, artifacts: Artifacts, verb: str) -> None:
+    await cramped.create(artifacts.spec("fat"))
+    box = Box(cramped, "fat")
+    await busy(box)
+    trouble, written, count, refused = Trouble(), [], 0, 0
+    for number, left in enumerate(LEFT):
+        ballast = fill(small, left)
+        with trouble.at(f"{left >> 10} KiB"):
+            try:
+                await VERBS[verb](cramped)
+            except NoSpaceError as error:
+                refused += 1
+                assert "no space left" in error.message
+                assert (await cramped.get("fat")).state is State.RUNNING
+            await settled(cramped)
+        with trouble.at(f"{left >> 10} KiB, with the disk still full"):
+            if (await cramped.get("fat")).state is State.RUNNING:
+                count = await went_on(box, count)
+        ballast.unlink()
+        with trouble.at(f"{left >> 10} KiB, afterwards"):
+            await tidy(cramped)
+            count = await went_on(box, count)
+            await note(box, f"left{number}")
+            written.append(f"left{number}")
+            await sound(cramped, unsettled=True)
+    with trouble.at("with space again"):
+        await VERBS[verb](cramped)
+        await sound(cramped)
+        await tidy(cramped)
+        assert await notes(box) == sorted(written)
+        await cramped.stop("fat")
+        await cramped.start("fat")
+        assert await notes(box) == sorted(written)
+    trouble.check()
+    assert refused >= 3
+
+
+class Failing:
+    """The disk fails where the store, or the saving of memory, comes to a place for the first time: `wanted`, as `passed` has it."""
+
+    def __init__(self) -> None:
+        self.wanted = ""
+        self.passed: list[str] = []
+
+    def strike(self) -> None:
+        frames = [each for each in traceback.extract_stack() if "/ramet/" in each.filename][-3:]
+        place = " > ".join(f"{Path(each.filename).stem}.{each.name}:{each.lineno}" for each in frames)
+        if place not in self.passed:
+            self.passed.append(place)
+            if place == self.wanted:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def before(self, work: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*args: object, **options: object) -> object:
+            self.strike()
+            return work(*args, **options)
+
+        return wrapped
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    made = Failing()
+    monkeypatch.setattr(disk, "write_all", made.before(disk.write_all))
+    monkeypatch.setattr(memory, "_write", made.before(memory._write))
+    monkeypatch.setattr(os, "fsync", made.before(os.fsync))
+    monkeypatch.setattr(os, "link", made.before(os.link))
+    return made
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_the_disk_fails_wherever_a_save_writes(states: States, artifacts: Artifacts, failing: Failing, verb: str) -> None:
+    async with swept(states.new()) as engine:
+        await engine.create(artifacts.spec("fat"))
+        box = Box(engine, "fat")
+        await busy(box)
+        await note(box, "kept")
+        failing.passed = []
+        await VERBS[verb](engine)
+        await settled(engine)
+        places = failing.passed
+        await tidy(engine)
+        trouble, count = Trouble(), 0
+        for place in places:
+            failing.passed, failing.wanted = [], place
+            with trouble.at(place):
+                try:
+                    await VERBS[verb](engine)
+                except RametError as error:
+                    assert os.strerror(errno.EIO) in error.message, error.message
+                    assert (await engine.get("fat")).state is State.RUNNING
+                await settled(engine)
+            failing.wanted = ""
+            with trouble.at(f"{place}, afterwards"):
+                await tidy(engine)
+                count = await went_on(box, count)
+                assert await notes(box) == ["kept"]
+                await sound(engine, unsettled=True)
+        with trouble.at("the end"):
+            await engine.stop("fat")
+            await engine.start("fat")
+            assert await notes(box) == ["kept"]
+            await sound(engine)
+        trouble.check()
+        assert len(places) > 5
