@@ -75,9 +75,8 @@ class Forks:
                 children.update({name: self._ops.spawn(self._child(save.snapshot, name, gate, whole)) for name in names[_EARLY:]})
                 try:
                     await save.settle()
-                except (
-                    RametError
-                ) as error:  # the children are whole; the next save or start puts the parent's disk right before it does anything else
+                except RametError as error:
+                    # The children are whole. The next save or start puts the parent's disk right before it does anything else.
                     log.error("the disk of %s: %s", held.record.name, error.message)
 
         try:

@@ -238,7 +238,9 @@ def test_tree(cli: Run) -> None:
     ].items()
 
 
-def test_the_deleted_are_dimmed(url: str) -> None:
+def test_the_deleted_are_dimmed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
     terminal = Terminal(url, "tree")
     try:
         terminal.expect(b"together")
