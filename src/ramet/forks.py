@@ -30,6 +30,7 @@ class Forks:
     def __init__(self, ops: Operations) -> None:
         self._ops = ops
         self._sealer = Sealer(ops, self.refill)
+        self._refills: dict[str, asyncio.Task[None]] = {}
         ops.on_end = self._ended
 
     # saving
@@ -225,12 +226,15 @@ class Forks:
 
     def refill(self, found: Snapshot) -> None:
         """Make the pool what it should be, in the background."""
-        if found.template and found.state is SnapshotState.READY:
-            self._ops.spawn(self._refill(found.id))
+        running = self._refills.get(found.id)
+        if found.template and found.state is SnapshotState.READY and (running is None or running.done()):
+            self._refills[found.id] = self._ops.spawn(self._refill(found.id))  # one that runs looks again before it ends
 
     async def _refill(self, snapshot_id: str) -> None:
         while (found := self._ops.snapshots.get(snapshot_id)) and found.state is SnapshotState.READY:
-            of_it = [each for each in self._ops.entries.values() if each.record.pool == snapshot_id]
+            of_it = [
+                each for each in self._ops.entries.values() if each.record.pool == snapshot_id and each.operation is not Operation.CLAIM
+            ]
             dead = [each for each in of_it if each.record.state is not State.PAUSED and not each.operation]
             if dead or len(of_it) > found.pool:
                 await self._ops.drop((dead or of_it)[-1])

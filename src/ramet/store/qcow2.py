@@ -136,7 +136,7 @@ async def create(path: Path, size: int) -> None:
     with disk.guard("write", path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, length)
+            os.posix_fallocate(fd, 0, length)  # a full disk is met here, and not by a guest that runs
             for offset, data in parts:
                 if os.pwrite(fd, data, offset) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

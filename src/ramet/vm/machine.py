@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ramet import locks, process, sockets
-from ramet.errors import BusyError, GuestError, MachineFailedError, RametError
+from ramet.errors import BusyError, GuestError, MachineFailedError, NoSpaceError, RametError
 from ramet.guest import Guest
 from ramet.identity import Identity
 from ramet.model import Usage
@@ -129,6 +129,7 @@ class Vm:
         self._pidfd = pidfd
         self._qmp: Qmp | None = None
         self._loaded: asyncio.Future[str] | None = None
+        self._stuck: asyncio.Future[RametError] = asyncio.get_running_loop().create_future()  # QEMU paused it for an error of the host
         self._guest: Guest | None = None
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().add_reader(pidfd, self._ended)
@@ -284,15 +285,17 @@ class Vm:
     async def _while_alive(self, talk: Awaitable[T]) -> T:
         """Its result; MachineFailedError, with the console's end, when that fails or QEMU dies first."""
         talking: asyncio.Future[T] = asyncio.ensure_future(talk)
-        both: set[asyncio.Future[Any]] = {talking, self.dead}
+        ends: set[asyncio.Future[Any]] = {talking, self.dead, self._stuck}
         try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self.dead.cancelled():
                 raise MachineFailedError("the machine was let go")
             if self.dead.done() and not talking.done():
                 await self._settled()
                 death = postmortem(self.files)
                 raise MachineFailedError(death.reason, details={"log": death.log})
+            if self._stuck.done() and not talking.done():
+                raise self._stuck.result()
             return await talking
         except (MachineFailedError, OSError) as error:
             log = tail(self.files.console)
@@ -319,7 +322,11 @@ class Vm:
         elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
             # QEMU's default for a full disk: the guest stands still instead of being told of an error that it would answer with a read-only disk.
             why = "no space left on the host's disk" if data.get("nospace") else str(data.get("reason"))
-            self._lose(f"QEMU paused the machine: {why}; free some, then stop and start it")
+            reason = f"QEMU paused the machine: {why}; free some, then stop and start it"
+            if not self._stuck.done():
+                hint = "Free some space (`df -h`) and try again."
+                self._stuck.set_result(NoSpaceError(reason, hint=hint) if data.get("nospace") else MachineFailedError(reason))
+            self._lose(reason)
 
     def _lose(self, reason: str) -> None:
         """The agent will not answer again by itself."""
