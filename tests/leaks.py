@@ -79,6 +79,9 @@ def descendants(of: int) -> set[int]:
     return found
 
 
+_WORKER = "ramet.store.imagefs"
+
+
 def processes(scratch: Scratch, *, thorough: bool) -> dict[int, Process]:
     """Our descendants and, thoroughly, every process of the system that works in the scratch directory."""
     pids = descendants(os.getpid())
@@ -91,6 +94,8 @@ def processes(scratch: Scratch, *, thorough: bool) -> dict[int, Process]:
     for pid in pids:
         if (started := process.start_time(pid)) is not None:
             command = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+            if _WORKER in command and _WORKER.encode() in _read(f"/proc/{_parent(pid)}/cmdline"):
+                continue  # of the image file system: its keeper is looked at, and replaces them
             found[pid] = Process(pid, started, command[:200] or "?")
     return found
 

@@ -74,7 +74,9 @@ async def test_overlays_are_copies_of_one(tmp_path: Path, monkeypatch: pytest.Mo
     await qcow2.create(tmp_path / "two", SIZE)
     monkeypatch.undo()
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes() == created(tmp_path / "three").read_bytes()
-    assert (tmp_path / "two").stat().st_blocks * 512 >= (tmp_path / "two").stat().st_size // 4096 * 4096, "its space is its own from the begin on"
+    assert (tmp_path / "two").stat().st_blocks * 512 >= (tmp_path / "two").stat().st_size // 4096 * 4096, (
+        "its space is its own from the begin on"
+    )
     written(tmp_path / "two", "write -P 9 300M 1M")
     assert "No errors" in checked(tmp_path / "two")
     with pytest.raises(HostError):

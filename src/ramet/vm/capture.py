@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ramet.errors import HostError, MachineFailedError, NoSpaceError, RametError
+from ramet.identity import Identity
 from ramet.vm import argv, memory
 from ramet.vm.machine import Vm
 
@@ -95,6 +96,7 @@ async def still(vm: Vm, step: Callable[[str], None]) -> AsyncIterator[Still]:
             await vm.monitor("cont")
             state.pause = time.monotonic() - began
             await vm.guest.resume()
+            await vm.guest.identify(Identity.clock())  # its clock stood still too, and would be behind by every save's pause
 
 
 async def catch(vm: Vm, wanted: Capture, spool: int | None, step: Callable[[str], None]) -> None:
