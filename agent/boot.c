@@ -51,13 +51,13 @@ void boot_fatal(const char *format, ...)
 	power_off_now();
 }
 
-const char *boot_word(const char *name)
+const char *boot_word_at(const char *name, int at)
 {
 	static char value[WORD_MAX];
 	size_t n = strlen(name);
 	for (const char *p = command_line; *p; p += strspn(p, " \n")) {
 		size_t length = strcspn(p, " \n");
-		if (length > n && length - n - 1 < sizeof value && strncmp(p, name, n) == 0 && p[n] == '=') {
+		if (length > n && length - n - 1 < sizeof value && strncmp(p, name, n) == 0 && p[n] == '=' && at-- == 0) {
 			memcpy(value, p + n + 1, length - n - 1);
 			value[length - n - 1] = 0;
 			return value[0] ? value : NULL;
@@ -65,6 +65,11 @@ const char *boot_word(const char *name)
 		p += length;
 	}
 	return NULL;
+}
+
+const char *boot_word(const char *name)
+{
+	return boot_word_at(name, 0);
 }
 
 void boot_directory(const char *path, unsigned mode)
@@ -214,6 +219,7 @@ void boot_machine(struct boot *b, char *argv0)
 	watch_devices();
 	load_modules();
 	b->proc_fd = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	b->sys_fd = open("/sys", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
 	terminal_dev = open("/dev", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	random_fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
@@ -224,6 +230,8 @@ void boot_machine(struct boot *b, char *argv0)
 	if (word)
 		rootfs_switch(word);
 	mounts_late();
+	for (int at = 0; (word = boot_word_at("ramet.drive", at)); at++)
+		rootfs_drive(b->sys_fd, word);
 	identity_begin("", boot_word("ramet.machine_id"));
 	net_configure();
 	if (events >= 0)

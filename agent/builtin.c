@@ -111,7 +111,8 @@ static const struct builtin {
 	{"list", builtin_list, 1, 1},     {"remove", builtin_remove, 1, 2}, {"rename", builtin_rename, 2, 2},
 	{"mkdir", builtin_mkdir, 2, 3},   {"chmod", builtin_chmod, 2, 2},   {"chown", builtin_chown, 3, 3},
 	{"pack", builtin_pack, 1, 1},     {"unpack", builtin_unpack, 1, 2}, {"hooks", builtin_hooks, 2, 2},
-	{"sync", builtin_sync, 0, 0},
+	{"sync", builtin_sync, 0, 0},     {"slim", builtin_slim, 0, 0},     {"reclaim", builtin_reclaim, 1, 1},
+	{"tune", builtin_tune, 1, BUILTIN_ARGUMENTS},
 };
 
 static const struct builtin *find(const char *name)
@@ -129,13 +130,13 @@ bool builtin_exists(const char *name)
 
 int builtin_run(int argc, char **argv)
 {
-	enum { ARGUMENTS = 5 };
 	const struct builtin *b = find(argv[0]);
-	char *all[ARGUMENTS + 1] = {"", "", "", "", "", NULL};
+	char *all[BUILTIN_ARGUMENTS + 2];
 	if (argc - 1 < b->least || argc - 1 > b->most)
 		return builtin_fail_with(EINVAL, "wrong number of arguments", argv[0]);
-	for (int i = 0; i < argc; i++)
-		all[i] = argv[i];
+	for (int i = 0; i <= BUILTIN_ARGUMENTS; i++)
+		all[i] = i < argc ? argv[i] : "";
+	all[BUILTIN_ARGUMENTS + 1] = NULL;
 	umask(022);
 	return b->run(all);
 }

@@ -4,6 +4,8 @@
 
 #include <stdbool.h>
 
+enum { BUILTIN_ARGUMENTS = 16 }; /* at most, besides the name */
+
 bool builtin_exists(const char *name);
 /* The exit status. */
 int builtin_run(int argc, char **argv);
@@ -25,5 +27,8 @@ int builtin_remove(char **argv);
 int builtin_pack(char **argv);
 int builtin_unpack(char **argv);
 int builtin_hooks(char **argv);
+int builtin_reclaim(char **argv);
+int builtin_tune(char **argv);
+int builtin_slim(char **argv);
 
 #endif

@@ -13,6 +13,7 @@
 #include <unistd.h>
 #include "builtin.h"
 #include "exec.h"
+#include "reclaim.h"
 #include "user.h"
 
 enum { CHILD_STACK = 16 * 1024, PATH_SIZE = 4096, AGENT_NICE = -20 };
@@ -230,7 +231,7 @@ static pid_t launch_builtin(struct task *t, char *message, size_t size)
 		dprintf(2, "%d %s: %s\n", errno, strerror(errno), t->launch->request->cwd ? t->launch->request->cwd : "/");
 		_exit(1);
 	}
-	syscall(SYS_close_range, 3, ~0u, 0);
+	reclaim_close_others();
 	_exit(builtin_run(t->launch->request->argc, t->launch->request->argv));
 }
 

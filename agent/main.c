@@ -19,6 +19,7 @@
 #include "power.h"
 #include "proc.h"
 #include "pump.h"
+#include "reclaim.h"
 #include "serve.h"
 
 enum { FILES_SOFT = 8192, FILES_HARD = 1048576, POWER_GRACE_MS = 3000 };
@@ -106,7 +107,7 @@ static void limits(void)
 
 int main(int argc, char **argv)
 {
-	struct boot boot = {.port_fd = -1, .proc_fd = -1, .init = NULL};
+	struct boot boot = {.port_fd = -1, .proc_fd = -1, .sys_fd = -1, .init = NULL};
 	block_signals();
 	limits();
 	if (argc == 3 && strcmp(argv[1], "--fd") == 0)
@@ -115,10 +116,12 @@ int main(int argc, char **argv)
 		boot_machine(&boot, argv[0]);
 	mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT);
 	slots_begin();
-	if (!boot.test)
+	if (!boot.test) {
 		exec_begin(getpid() == 1);
+		reclaim_begin(boot.proc_fd, boot.sys_fd);
+	}
 	port_begin(boot.port_fd);
-	metrics_begin(boot.proc_fd);
+	metrics_begin(boot.proc_fd, boot.sys_fd);
 	serve_begin(boot.proc_fd);
 	power_begin(boot.test ? POWER_EXIT : getpid() == 1 ? POWER_SELF : POWER_ASK_INIT);
 	boot_ready();

@@ -1,4 +1,5 @@
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,14 +8,15 @@
 #include "metrics.h"
 #include "port.h"
 
-enum { FILE_MAX = 4096, ANSWER_MAX = 2048, MS_PER_TICK = 10 };
+enum { FILE_MAX = 4096, ANSWER_MAX = 2048, MS_PER_TICK = 10, PAGE = 4096 };
 
-static int proc = -1;
+static int proc = -1, sys = -1;
 static char answer[ANSWER_MAX];
 static size_t length;
 
-void metrics_begin(int proc_fd)
+void metrics_begin(int proc_fd, int sys_fd)
 {
+	sys = sys_fd;
 	proc = proc_fd;
 }
 
@@ -23,18 +25,23 @@ static void say(const char *name, unsigned long long value)
 	length += (size_t)snprintf(answer + length, sizeof answer - length, "%s %llu\n", name, value);
 }
 
-/* The start of a file in /proc; empty when there is none. */
-static const char *contents(const char *path)
+/* The start of a file; empty when there is none. */
+static const char *contents_in(int directory, const char *path)
 {
 	static char buf[FILE_MAX];
 	ssize_t n = 0;
-	int fd = openat(proc, path, O_RDONLY | O_CLOEXEC);
+	int fd = openat(directory, path, O_RDONLY | O_CLOEXEC);
 	if (fd >= 0) {
 		n = read(fd, buf, sizeof buf - 1);
 		close(fd);
 	}
 	buf[n > 0 ? n : 0] = 0;
 	return buf;
+}
+
+static const char *contents(const char *path)
+{
+	return contents_in(proc, path);
 }
 
 static void load_and_uptime(void)
@@ -57,21 +64,41 @@ static void cpu(void)
 	say("cpu_idle_ms", (idle + wait) * MS_PER_TICK);
 }
 
+/* The number behind `name` at the start of a line. */
+static bool field(const char *text, const char *name, unsigned long long *value)
+{
+	size_t n = strlen(name);
+	for (const char *p = text; p && *p; p = (p = strchr(p, '\n')) ? p + 1 : NULL) {
+		if (strncmp(p, name, n) != 0)
+			continue;
+		*value = strtoull(p + n, NULL, 10);
+		return true;
+	}
+	return false;
+}
+
 static void memory(void)
 {
+	unsigned long long value;
 	static const struct { const char *field, *name; } wanted[] = {
 		{"MemTotal:", "mem_total"}, {"MemFree:", "mem_free"}, {"MemAvailable:", "mem_available"},
 		{"Cached:", "mem_cached"}, {"AnonPages:", "mem_anon"},
 	};
 	const char *text = contents("meminfo");
-	for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
-		const char *p = text;
-		size_t n = strlen(wanted[i].field);
-		while (p && strncmp(p, wanted[i].field, n) != 0)
-			p = (p = strchr(p, '\n')) ? p + 1 : NULL;
-		if (p)
-			say(wanted[i].name, strtoull(p + n, NULL, 10) * 1024);
-	}
+	for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
+		if (field(text, wanted[i].field, &value))
+			say(wanted[i].name, value * 1024);
+	/* What is of files, evictable, and needs no writing first. */
+	unsigned long long files = 0, unwritten = 0;
+	static const char *const parts[] = {"Active(file):", "Inactive(file):", "Dirty:", "Writeback:"};
+	for (int i = 0; i < 4; i++)
+		if (field(text, parts[i], &value))
+			*(i < 2 ? &files : &unwritten) += value * 1024;
+	say("mem_reclaimable", files > unwritten ? files - unwritten : 0);
+	if (field(contents("vmstat"), "workingset_refault_file", &value))
+		say("mem_refaulted", value * PAGE);
+	if (field(contents_in(sys, "module/damon_reclaim/parameters/bytes_reclaimed_regions"), "", &value))
+		say("damon_reclaimed", value);
 }
 
 static void pressure(const char *path, const char *name)

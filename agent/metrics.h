@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-void metrics_begin(int proc_fd);
+void metrics_begin(int proc_fd, int sys_fd);
 void metrics_answer(uint32_t stream);
 
 #endif

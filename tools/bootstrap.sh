@@ -8,7 +8,7 @@ set -eu
 root=$1 venv=$2 lock=$3 group=$4
 cache=${RAMET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ramet}
 need_mb=150
-[ -z "$group" ] || need_mb=300
+[ -z "$group" ] || need_mb=450
 
 say() { printf '%s\n' "ramet: $*" >&2; }
 die() {
@@ -130,7 +130,7 @@ make_venv() {
     fi
     rm -f "$venv/ramet-stamp"
     nogroup=--no-dev
-    [ -z "$group" ] || nogroup=
+    [ "$group" != dev ] || nogroup=
     step "Python packages from uv.lock" "$uv" sync --project "$root" --frozen --no-install-project --compile-bytecode \
         --python "$python" ${group:+--group="$group"} $nogroup
 }

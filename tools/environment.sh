@@ -6,7 +6,8 @@
 healthy() {
     [ -x "$1/bin/python" ] && [ -r "$1/ramet-stamp" ] || return 1
     { read -r has_lock has_group && read -r has_root; } < "$1/ramet-stamp" || return 1
-    [ "$has_lock" = "$lock" ] && [ "$has_root" = "$root" ] && { [ -z "$group" ] || [ "$has_group" = "$group" ]; }
+    [ "$has_lock" = "$lock" ] && [ "$has_root" = "$root" ] || return 1
+    [ -z "$group" ] || [ "$has_group" = "$group" ] || [ "$has_group" = dev ] # dev includes the other groups
 }
 
 command -v sha256sum > /dev/null || { echo "ramet: there is no sha256sum here; Ramet runs on Linux (Debian 12 is what it is tested on)." >&2; exit 6; }

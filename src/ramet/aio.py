@@ -13,7 +13,7 @@ import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from ramet.client import Client
-from ramet.errors import GuestError, from_wire
+from ramet.errors import GuestError, SpecError, from_wire
 from ramet.filesystem import AsyncFiles
 from ramet.model import (
     Command,
@@ -23,6 +23,7 @@ from ramet.model import (
     Machine,
     Port,
     Process,
+    Reclaim,
     Result,
     Size,
     Snapshot,
@@ -31,6 +32,7 @@ from ramet.model import (
     TreeNode,
 )
 from ramet.streams import AsyncProcess, AsyncTerminal, Listener
+from ramet.units import parse_size
 from ramet.verbs import Verbs
 
 # A login shell, the best there is. The profile may change PATH, so bash is looked for in the one that the process starts with.
@@ -142,12 +144,13 @@ class AsyncMachine:
         workdir: str | None = None,
         user: str | None = None,
         ports: Sequence[int | str] | None = None,
+        drives: Sequence[str] | None = None,
         spec: Spec | None = None,
         verbs: Verbs | None = None,
     ) -> AsyncMachine:
         """Make a machine and start it; returns when commands run in it.
 
-        memory, disk: bytes, or `512MiB`. ports: the guest's, or `HOST:GUEST`. spec: instead of all these (`ramet.spec.load` reads a
+        memory, disk: bytes, or `512MiB`. ports: the guest's, or `HOST:GUEST`. drives: `data:20G:/data`. spec: instead of all these (`ramet.spec.load` reads a
         ramet.toml). SpecError for what is not valid, ExistsError when the name is taken, ImageError.
         """
         if spec is None:
@@ -163,6 +166,7 @@ class AsyncMachine:
                 "workdir": workdir,
                 "user": user,
                 "ports": ports,
+                "drives": drives,
             }
             spec = build({key: value for key, value in given.items() if value is not None}, source="create")
         verbs = verbs or await _verbs()
@@ -220,6 +224,20 @@ class AsyncMachine:
         self._record = await self._verbs.stop(self.name, force=force)
         return self._record
 
+    async def update(self, *, memory: int | str | None = None, reclaim: Reclaim | str | None = None) -> Machine:
+        """Change what it may cost, at once where it runs, else from its next start on.
+
+        memory: what it may use, in bytes or as `256MiB`, at most what it was made with; 0: all of it. A guest that needs more keeps it: the
+        `memory_granted` of what is returned says what it has. reclaim: `off`, `gentle` or `eager`. SpecError, NoCapacityError.
+        """
+        try:
+            size = None if memory is None else parse_size(memory)
+            how = None if reclaim is None else Reclaim(reclaim)
+        except ValueError as error:
+            raise SpecError(str(error)) from None
+        self._record = await self._verbs.update(self.name, memory=size, reclaim=how)
+        return self._record
+
     async def delete(self) -> None:
         """Remove it and its disk, whatever it is doing."""
         await self._verbs.delete(self.name)
@@ -234,10 +252,14 @@ class AsyncMachine:
         self._record = await self._verbs.resume(self.name)
         return self._record
 
-    async def hibernate(self) -> Machine:
-        """Save it to the disk and give its memory back to the host; `resume` goes on from the same instant."""
-        self._record = await self._verbs.hibernate(self.name)
+    async def hibernate(self, *, slim: bool = True) -> Machine:
+        """Save it to the disk and give its memory back to the host; `resume` goes on from the same instant. slim: without its caches and free memory."""
+        self._record = await self._verbs.hibernate(self.name, slim=slim)
         return self._record
+
+    async def compact(self) -> int:
+        """Give back what its disk holds and nobody needs; returns how many bytes the host's disk got back."""
+        return await self._verbs.compact(self.name)
 
     async def fork(self, count: int = 1, *, names: Sequence[str] = ()) -> builtins.list[AsyncMachine]:
         """Make `count` machines that go on from this one's present instant: memory, programs, disk. names: theirs; then count is not looked at.

@@ -28,9 +28,19 @@ def machine_id(record_id: str) -> str:
 
 
 def config(
-    wanted: Spec, boot: Boot, net: network.Network, *, disk: argv.Disk | None = None, machine_id: str = "", memory_file: Path | None = None
+    wanted: Spec,
+    boot: Boot,
+    net: network.Network,
+    *,
+    disks: tuple[argv.Disk, ...] = (),
+    machine_id: str = "",
+    memory_file: Path | None = None,
 ) -> argv.Config:
-    """What QEMU and the guest's kernel are told. machine_id: of the guest, 32 hex digits. memory_file: of a snapshot, then nothing boots."""
+    """What QEMU and the guest's kernel are told.
+
+    disks: none where nothing is to start, and only the devices are of interest. machine_id: of the guest, 32 hex digits. memory_file: of a snapshot, then
+    nothing boots.
+    """
     accelerator = boot.probe.accelerator
     words = [
         kernels.cmdline(boot.kernel),
@@ -39,6 +49,7 @@ def config(
         f"ramet.hostname={wanted.name}",
         f"ramet.machine_id={machine_id}",
         *network.kernel_words(),
+        *(f"ramet.drive={each.name}:{each.mount}" for each in sorted(wanted.drives, key=lambda each: each.mount)),  # outer ones first
     ]
     if wanted.init is InitMode.IMAGE:
         words.append("ramet.init=/sbin/init")
@@ -50,9 +61,10 @@ def config(
         kernel=boot.kernel.image,
         initrd=boot.initrd,
         cmdline=" ".join(words),
-        disk=disk,
+        disks=disks or tuple(argv.Disk(name=name) for name in ("", *(each.name for each in wanted.drives))),
         memory_file=memory_file,
         network=net,
+        mergeable=boot.mergeable,
     )
 
 

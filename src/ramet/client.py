@@ -25,6 +25,7 @@ from ramet.model import (
     Port,
     Process,
     ProcessEvent,
+    Reclaim,
     Result,
     Size,
     Snapshot,
@@ -201,6 +202,10 @@ class Client:
     async def stop(self, name: str, *, force: bool = False) -> Machine:
         return load(Machine, await self._json("POST", _machine(name, "stop"), f"the stop of {name}", query={"force": force}))
 
+    async def update(self, name: str, *, memory: int | None = None, reclaim: Reclaim | None = None) -> Machine:
+        wanted = to_json({"memory": memory, "reclaim": reclaim})
+        return load(Machine, await self._json("PATCH", _machine(name), f"the update of {name}", content=wanted))
+
     async def delete(self, name: str) -> None:
         await self._call("DELETE", _machine(name), f"the deletion of {name}")
 
@@ -240,8 +245,11 @@ class Client:
     async def resume(self, name: str) -> Machine:
         return load(Machine, await self._json("POST", _machine(name, "resume"), f"the resumption of {name}"))
 
-    async def hibernate(self, name: str) -> Machine:
-        return load(Machine, await self._json("POST", _machine(name, "hibernate"), f"the hibernation of {name}"))
+    async def hibernate(self, name: str, *, slim: bool = True) -> Machine:
+        return load(Machine, await self._json("POST", _machine(name, "hibernate"), f"the hibernation of {name}", query={"slim": slim}))
+
+    async def compact(self, name: str) -> int:
+        return load(int, await self._json("POST", _machine(name, "compact"), f"the compaction of {name}"))
 
     async def snapshot(self, name: str, label: str = "", *, memory: bool = True, test: bool = True) -> Snapshot:
         wanted = to_json({"label": label, "memory": memory, "test": test})

@@ -232,7 +232,7 @@ async def hibernate(colony: Colony, step: Step) -> None:
     before, used = await _ask(machine), (await machine.refresh()).usage
     began = time.monotonic()
     step.progress("going to sleep")
-    await machine.hibernate()
+    await machine.hibernate(slim=False)  # it goes on at once, and would read its files again
     slept = time.monotonic() - began
     stored = (await AsyncHost(colony.verbs).get_snapshot((await machine.refresh()).snapshot)).stored
     began = time.monotonic()

@@ -44,6 +44,7 @@ MACHINES = sa.Table(
     sa.Column("snapshot_id", sa.String, nullable=False),
     sa.Column("memory_layer", sa.String, nullable=False),
     sa.Column("pool", sa.String, nullable=False),
+    sa.Column("memory_limit", sa.Integer, nullable=False),
 )
 SNAPSHOTS = sa.Table(
     "snapshots",
@@ -63,6 +64,10 @@ SNAPSHOTS = sa.Table(
     sa.Column("template", sa.Boolean, nullable=False),
     sa.Column("pool", sa.Integer, nullable=False),
     sa.Column("pause", sa.Float),
+    sa.Column("saved", sa.Integer, nullable=False),
+    sa.Column("slimmed", sa.Integer, nullable=False),
+    sa.Column("memory_limit", sa.Integer, nullable=False),
+    sa.Column("drive_layers", sa.Text, nullable=False),
     sa.Column("compatibility", sa.Text),
     sa.Index("snapshots_name", "name", unique=True, sqlite_where=sa.text("name != ''")),  # the automatic ones have none
 )
@@ -74,7 +79,7 @@ class Record:
 
     initialised: its lifecycle's create command has run; boot_time: seconds. source_id: the snapshot that it was made from, or empty.
     snapshot_id: the one that it last came from or was saved as. memory_layer: what its running memory maps, or empty. pool: id of the
-    snapshot that it is parked for, until it is claimed.
+    snapshot that it is parked for, until it is claimed. memory_limit: bytes that its balloon is to leave it, 0: all.
     """
 
     id: str
@@ -93,6 +98,7 @@ class Record:
     snapshot_id: str = ""
     memory_layer: str = ""
     pool: str = ""
+    memory_limit: int = 0
 
 
 _MACHINE: TypeAdapter[Record] = TypeAdapter(Record)
@@ -100,14 +106,15 @@ _SNAPSHOT: TypeAdapter[Snapshot] = TypeAdapter(Snapshot)
 
 
 def _to_row(table: sa.Table, record: Any) -> dict[str, Any]:
-    """A record's columns; records inside it as JSON."""
+    """A record's columns; records and tuples inside it as JSON."""
     values = {column.name: getattr(record, column.name) for column in table.columns}
-    return {name: json.dumps(dump(value)) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    nested = {name: dataclasses.is_dataclass(value) or isinstance(value, tuple) for name, value in values.items()}
+    return {name: json.dumps(dump(value)) if nested[name] else value for name, value in values.items()}
 
 
 def _from_row(adapter: TypeAdapter[R], row: sa.RowMapping) -> R:
     values = dict(row)
-    for name in ("spec", "compatibility"):
+    for name in ("spec", "compatibility", "drive_layers"):
         if isinstance(values.get(name), str):
             values[name] = json.loads(values[name])
     return adapter.validate_python(values, strict=False)
@@ -157,9 +164,7 @@ class Database:
             ) from error
         except DatabaseError as error:
             if "full" in str(error.orig):
-                raise NoSpaceError(
-                    "the database cannot be written: no space left on the disk", hint="Free some space and try again."
-                ) from error
+                raise NoSpaceError("the database cannot be written: no space left on the disk") from error
             raise HostError(f"the database cannot be used: {error.orig}") from error
 
     async def _write(self, *statements: sa.Executable) -> None:

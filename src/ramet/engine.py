@@ -11,13 +11,16 @@ import signal as signals
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 
-from ramet import commands, disks, guestfs, images, lifecycle, lineage, recovery
+from ramet import caretaker, commands, disks, guestfs, images, lifecycle, lineage, recovery, updating
 from ramet import spec as specs
+from ramet.accounting import Accounts
+from ramet.caretaker import Caretaker
 from ramet.db import Database, Record
 from ramet.errors import BusyError, ExistsError, NotFoundError, RametError, SpecError
 from ramet.forks import Forks
 from ramet.guest import Guest, Stream
 from ramet.host import Host
+from ramet.host import sample as sample_host
 from ramet.lifecycle import Operation
 from ramet.model import (
     Command,
@@ -30,6 +33,7 @@ from ramet.model import (
     Port,
     Process,
     ProcessEvent,
+    Reclaim,
     Result,
     Snapshot,
     Spec,
@@ -55,6 +59,7 @@ class Engine:
     def __init__(self, operations: Operations) -> None:
         self._ops = operations
         self._forks = Forks(operations)
+        self._accounts = Accounts(operations)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -69,7 +74,9 @@ class Engine:
                 await recovery.reconcile(operations)
                 engine = cls(operations)
                 await engine._forks.recover()
-                yield engine
+                sample = sample_host if caretaker.wanted(os.environ) else None
+                async with Caretaker(operations, engine._forks, sample=sample).working():
+                    yield engine
             finally:
                 await operations.close()
 
@@ -78,7 +85,9 @@ class Engine:
     async def info(self) -> HostInfo:
         entries = self._ops.entries.values()
         parked = sum(bool(e.record.pool) for e in entries)
-        return await self._ops.host.info(len(entries) - parked, sum(e.record.state is State.RUNNING for e in entries), parked)
+        running = sum(e.record.state is State.RUNNING for e in entries)
+        committed = sum(has.memory for e in entries if (has := e.claim()))
+        return await self._ops.host.info(len(entries) - parked, running, parked, committed)
 
     async def create(self, spec: Spec) -> Machine:
         spec = specs.check(spec)
@@ -92,10 +101,13 @@ class Engine:
         return await self._view(entry)
 
     async def list(self) -> builtins.list[Machine]:
-        return [await self._view(entry) for entry in builtins.list(self._ops.entries.values()) if not entry.record.pool]
+        entries = [entry for entry in self._ops.entries.values() if not entry.record.pool]
+        usage = await self._accounts.of(entries)
+        return [self._plain(entry, usage.get(entry.record.id, Usage())) for entry in entries]
 
     async def get(self, name: str) -> Machine:
-        return await self._view(self._entry(name))
+        entry = self._entry(name)
+        return self._plain(entry, await self._accounts.one(entry, ask=True))
 
     async def start(self, name: str) -> Machine:
         entry = self._entry(name)
@@ -105,6 +117,11 @@ class Engine:
     async def stop(self, name: str, *, force: bool = False) -> Machine:
         entry = self._entry(name)
         await self._ops.perform(entry, Operation.STOP, lambda e: self._ops.take_down(e, force=force))
+        return await self._view(entry)
+
+    async def update(self, name: str, *, memory: int | None = None, reclaim: Reclaim | None = None) -> Machine:
+        entry = self._entry(name)
+        await updating.update(self._ops, entry, memory=memory, reclaim=reclaim)
         return await self._view(entry)
 
     async def delete(self, name: str) -> None:
@@ -122,7 +139,7 @@ class Engine:
         return [
             ForkOutcome(name=child, error={"code": made.code, "message": made.message, "hint": made.hint})
             if isinstance(made, RametError)
-            else ForkOutcome(name=child, machine=await self._view(made))
+            else ForkOutcome(name=child, machine=self._plain(made))
             for child, made in outcomes.items()
         ]
 
@@ -136,10 +153,13 @@ class Engine:
         await self._forks.resume(entry)
         return await self._view(entry)
 
-    async def hibernate(self, name: str) -> Machine:
+    async def hibernate(self, name: str, *, slim: bool = True) -> Machine:
         entry = self._entry(name)
-        await self._forks.hibernate(entry)
+        await self._forks.hibernate(entry, slim=slim)
         return await self._view(entry)
+
+    async def compact(self, name: str) -> int:
+        return await self._forks.compact(self._entry(name))
 
     async def snapshot(self, name: str, label: str = "", *, memory: bool = True, test: bool = True) -> Snapshot:
         return await self._saved(await self._forks.snapshot(self._entry(name), label, memory=memory, test=test))
@@ -159,7 +179,7 @@ class Engine:
 
     async def create_from(self, snapshot: str, name: str, *, disk_only: bool = False) -> Machine:
         found = lineage.find(self._ops.snapshots, snapshot)
-        return await self._view(await self._forks.create_from(found, name, disk_only=disk_only))
+        return self._plain(await self._forks.create_from(found, name, disk_only=disk_only))
 
     async def template(self, snapshot: str, *, label: str = "", pool: int = 0) -> Snapshot:
         return await self._saved(await self._forks.template(lineage.find(self._ops.snapshots, snapshot), label, pool))
@@ -169,7 +189,7 @@ class Engine:
 
     async def tree(self) -> builtins.list[TreeNode]:
         entries = self._ops.entries
-        usage = {entry.record.id: found for entry in entries.values() if (found := await self._usage(entry))}
+        usage = await self._accounts.of(entries.values())
         saved = {each.id: await self._saved(each) for each in builtins.list(self._ops.snapshots.values())}
         names = {image.digest: image.reference for image in await asyncio.to_thread(images.known, self._ops.state)}
         records = {entry.record.id: entry.record for entry in entries.values()}
@@ -202,11 +222,12 @@ class Engine:
         return "".join(text.splitlines(keepends=True)[-lines:] if lines > 0 else []).encode()
 
     async def metrics(self, name: str) -> dict[str, float]:
-        return await self._guest(name).metrics()
+        guest = await self._guest(name, use=False).metrics()
+        return guest | await self._accounts.metrics(self._entry(name))
 
     async def ping(self, name: str) -> None:
         """The least that the line to a guest can do, for benches to compare with."""
-        await self._guest(name).ping()
+        await self._guest(name, use=False).ping()
 
     # commands
 
@@ -329,13 +350,16 @@ class Engine:
                 return entry
         raise NotFoundError(f"there is no machine {name!r}", hint="`ramet list` shows the machines there are.")
 
-    def _running(self, name: str) -> Entry:
+    def _running(self, name: str, *, use: bool = True) -> Entry:
+        """use: whether somebody works with the machine, and does not only look at it."""
         entry = self._entry(name)
         lifecycle.require(entry.record.name, entry.record.state, {State.RUNNING}, "use")
+        if use:
+            entry.last_used = time.monotonic()
         return entry
 
-    def _guest(self, name: str) -> Guest:
-        entry = self._running(name)
+    def _guest(self, name: str, *, use: bool = True) -> Guest:
+        entry = self._running(name, use=use)
         if entry.vm is None:
             raise BusyError(f"{name} is being found again after a restart of the daemon", hint="Try again in a moment.")
         return entry.vm.guest
@@ -356,13 +380,12 @@ class Engine:
             return name
         return self._entry(name).record.name
 
-    async def _usage(self, entry: Entry) -> Usage | None:
-        if entry.vm and not entry.vm.dead.done():
-            return await asyncio.to_thread(vm.measure, entry.vm.pid, entry.vm.files)
-        return None
-
     async def _view(self, entry: Entry) -> Machine:
         """The machine as users see it, with what it costs now."""
+        return self._plain(entry, await self._accounts.one(entry))
+
+    def _plain(self, entry: Entry, usage: Usage | None = None) -> Machine:
+        """The machine as users see it. Without what it costs where a fork waits for the answer: counting takes 15 ms for each."""
         record = entry.record
         internal = {"initialised", "source_id", "snapshot_id", "memory_layer", "pool"}
         same = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name not in internal}
@@ -373,16 +396,17 @@ class Engine:
             network=self._ops.host.network.name,
             ports=tuple(forward.port for forward in entry.forwards.values()),
             activity=entry.activity,
-            usage=await self._usage(entry),
+            usage=usage,
             parent=source.machine if source else "",
-            snapshot=(point.name or point.id) if point else "",
+            snapshot=point.title if point else "",
+            memory_granted=entry.vm.granted if entry.vm else None,
         )
 
     async def _saved(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot as users see it."""
         records = [entry.record for entry in self._ops.entries.values()]
         stored = 0
-        for layer in filter(None, (snapshot.disk_layer, snapshot.memory_layer)):
+        for layer in snapshot.layers:
             with contextlib.suppress(RametError):
                 stored += (await asyncio.to_thread(self._ops.store.get, layer)).stored_bytes
         return dataclasses.replace(
@@ -394,10 +418,10 @@ class Engine:
 
     def _layer(self, layer: Layer) -> LayerInfo:
         users = {
-            each.record.name: {each.record.memory_layer, disks.layer_of(self._ops.state.machine(each.record.id))}
+            each.record.name: {each.record.memory_layer, *disks.layers_of(self._ops.state.machine(each.record.id))}
             for each in self._ops.entries.values()
         }
-        users |= {each.name or each.id: {each.memory_layer, each.disk_layer} for each in self._ops.snapshots.values()}
+        users |= {each.title: set(each.layers) for each in self._ops.snapshots.values()}
         return LayerInfo(
             id=layer.id,
             kind=layer.kind,

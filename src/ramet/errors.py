@@ -12,17 +12,18 @@ from typing import Any, ClassVar
 class RametError(Exception):
     """Something failed that a user can be told about.
 
-    message: one sentence of what failed. hint: what to do about it, or empty. details: machine-readable context.
+    message: one sentence of what failed. hint: what to do about it (default: what the class advises), or empty. details: machine-readable context.
     """
 
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     exit: ClassVar[int] = 1
+    advice: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str = "", details: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.advice
         self.details = details or {}
 
     def wire(self) -> dict[str, Any]:
@@ -88,6 +89,17 @@ class HostError(RametError):
 
 class NoSpaceError(HostError):
     code, status = "no_space", 507
+    advice = "Free some space (`df -h`) and try again."
+
+
+class NoCapacityError(HostError):
+    """The host has no memory left for another machine. details: retry_after (seconds), committed, capacity, wanted (bytes)."""
+
+    code = "no_capacity"
+    advice = (
+        "Stop or hibernate a machine (`ramet hibernate NAME`), lower the memory of one (`ramet update NAME --memory 256M`), or have the daemon "
+        "promise more: RAMET_OVERCOMMIT."
+    )
 
 
 class CommandError(HostError):

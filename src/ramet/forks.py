@@ -10,10 +10,10 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from ramet import lineage, restoring, saving, snapshot
+from ramet import compacting, lineage, restoring, saving, slimming, snapshot
 from ramet import spec as specs
 from ramet.db import Record
-from ramet.errors import DependentsError, ExistsError, MachineFailedError, RametError, SpecError
+from ramet.errors import DependentsError, ExistsError, MachineFailedError, NoCapacityError, RametError, SpecError
 from ramet.lifecycle import Operation
 from ramet.model import Port, Snapshot, SnapshotState, Spec, State
 from ramet.operations import Entry, Operations, log
@@ -31,6 +31,7 @@ class Forks:
         self._ops = ops
         self._sealer = Sealer(ops, self.refill)
         self._refills: dict[str, asyncio.Task[None]] = {}
+        self._short: set[str] = set()  # snapshots whose pools the host had no room for
         ops.on_end = self._ended
 
     # saving
@@ -38,8 +39,7 @@ class Forks:
     async def snapshot(self, entry: Entry, label: str, *, memory: bool, test: bool) -> Snapshot:
         """A named one."""
         name = snapshot.label(entry.record.name, label or time.strftime("%Y%m%d-%H%M%S"))
-        if any(each.name == name for each in self._ops.snapshots.values()):
-            raise ExistsError(f"there is a snapshot {name} already", hint="Name it otherwise, or `ramet delete` that one.")
+        self._untaken(name)
         if memory and entry.record.state is State.STOPPED:
             raise SpecError(f"{entry.record.name} is stopped: there is no memory to save", hint="`--no-memory` saves its disk.")
         made: list[Snapshot] = []
@@ -50,6 +50,11 @@ class Forks:
         await self._saved(entry, Operation.SNAPSHOT, work)
         self._sealer.add(made[0], test=test)
         return self._ops.snapshots[made[0].id]
+
+    def _untaken(self, name: str, *, but: str = "") -> None:
+        """ExistsError where a snapshot, other than that with the id `but`, has the name."""
+        if any(each.name == name and each.id != but for each in self._ops.snapshots.values()):
+            raise ExistsError(f"there is a snapshot {name} already", hint="Name this one otherwise, or `ramet delete` that one.")
 
     async def fork(self, entry: Entry, names: Sequence[str]) -> dict[str, Entry | RametError]:
         """Machines that go on from this one's present instant; what became of each."""
@@ -93,6 +98,16 @@ class Forks:
             with contextlib.suppress(OSError):
                 entry.touched = await self._ops.layers.touched(made[0].memory_layer)
         return outcomes
+
+    async def compact(self, entry: Entry) -> int:
+        """Bytes that the host's disk got back."""
+        given: list[int] = []
+
+        async def work(held: Entry) -> None:
+            given.append(await compacting.compact(self._ops, self._sealer, held))
+
+        await self._saved(entry, Operation.COMPACT, work)
+        return given[0]
 
     async def _saved(self, entry: Entry, operation: Operation, work: Callable[[Entry], Awaitable[None]]) -> None:
         """Perform it, and remove afterwards what nobody needs any more, or what a failure has left."""
@@ -141,6 +156,8 @@ class Forks:
         return await self._create(dataclasses.replace(found, memory=False, memory_layer="") if disk_only else found, name)
 
     async def _create(self, found: Snapshot, name: str, whole: asyncio.Future[None] | None = None) -> Entry:
+        if not whole:  # else it is being made, by what runs here
+            await restoring.check(self._ops, found)
         entry = self._ops.add(await self._child_record(found, name))
         try:
             await self._ops.perform(entry, Operation.CREATE, lambda held: restoring.bring_back(self._ops, held, found, whole))
@@ -150,13 +167,12 @@ class Forks:
         return entry
 
     async def _child_record(self, found: Snapshot, name: str) -> Record:
-        ports = tuple(Port(guest=port.guest) for port in found.spec.ports)  # the host's side is taken, or will be
         boot = await self._ops.host.boot(fresh=False)
         return Record(
             id=os.urandom(6).hex(),
             name=name,
             state=State.CREATING,
-            spec=dataclasses.replace(found.spec, name=name, ports=ports),
+            spec=_spec(found, name),
             created_at=time.time(),
             image_digest=found.image_digest,
             initialised=True,
@@ -165,6 +181,7 @@ class Forks:
             source_id=found.id,
             snapshot_id=found.id,
             memory_layer=found.memory_layer,
+            memory_limit=found.memory_limit,
         )
 
     async def restore(self, entry: Entry, name: str) -> None:
@@ -183,29 +200,47 @@ class Forks:
         found = lineage.find(self._ops.snapshots, own if any(own == each.name for each in self._ops.snapshots.values()) else name)
         if found.machine != entry.record.name and found.id not in (entry.record.snapshot_id, entry.record.source_id):
             raise SpecError(
-                f"{found.name or found.id} is a snapshot of {found.machine}, not of {entry.record.name}",
-                hint=f"`ramet create --from {found.name or found.id} NAME` makes another machine from it.",
+                f"{found.title} is a snapshot of {found.machine}, not of {entry.record.name}",
+                hint=f"`ramet create --from {found.title} NAME` makes another machine from it.",
             )
         return found
 
-    async def pause(self, entry: Entry) -> None:
-        await self._ops.perform(entry, Operation.PAUSE, lambda held: restoring.pause(self._ops, held))
+    async def pause(self, entry: Entry, *, reason: str = "") -> None:
+        """reason: why, where nobody asked for it."""
 
-    async def hibernate(self, entry: Entry) -> None:
         async def work(held: Entry) -> None:
-            await saving.hibernate(self._ops, held)
+            assert held.vm
+            await held.vm.pause()
+            if reason:
+                self._ops.note(held, reason=reason)
+
+        await self._ops.perform(entry, Operation.PAUSE, work)
+
+    async def hibernate(self, entry: Entry, *, slim: bool = True, reason: str = "") -> None:
+        """reason: why, where nobody asked for it."""
+
+        async def work(held: Entry) -> None:
+            given = await slimming.slim(self._ops, held) if slim else 0
+            await saving.hibernate(self._ops, held, slimmed=given)
             await self._ops.end(held)
+            self._ops.note(held, reason=reason)
 
         await self._saved(entry, Operation.HIBERNATE, work)
         self._sealer.add(self._ops.snapshots[entry.record.snapshot_id], test=False)
 
     async def resume(self, entry: Entry) -> None:
         if entry.record.state is not State.HIBERNATED:
-            await self._ops.perform(entry, Operation.UNPAUSE, lambda held: restoring.unpause(self._ops, held))
+            await self._ops.perform(entry, Operation.UNPAUSE, self._unpause)
             return
         found = self._point(entry, "")
         await restoring.check(self._ops, found)
         await self._ops.perform(entry, Operation.RESUME, lambda held: restoring.bring_back(self._ops, held, found))
+
+    async def _unpause(self, entry: Entry) -> None:
+        assert entry.vm
+        await entry.vm.unpause()
+        self._ops.note(entry, reason="")
+        await restoring.open_ports(self._ops, entry)  # those that an earlier daemon held
 
     # templates, and machines that are parked for them
 
@@ -218,8 +253,7 @@ class Forks:
             raise SpecError(f"a pool has 0 to {MOST} machines, not {pool}")
         if pool and not found.memory:
             raise SpecError(f"{name} has no memory: its machines would have to boot", hint="Make a snapshot with memory.")
-        if any(each.name == name and each.id != found.id for each in self._ops.snapshots.values()):
-            raise ExistsError(f"there is a snapshot {name} already", hint="Give this one another tag, or `ramet delete` that one.")
+        self._untaken(name, but=found.id)
         changed = await self._ops.set_snapshot(found.id, name=name, template=True, pool=pool)
         self.refill(changed)
         return changed
@@ -241,13 +275,23 @@ class Forks:
             elif len(of_it) == found.pool:
                 return
             else:
-                await self._park(found)
+                try:
+                    await self._park(found)
+                except NoCapacityError as error:
+                    log.info("%s has fewer machines parked than it should: %s", found.title, error.message)
+                    self._short.add(snapshot_id)
+                    return
+
+    def replenish(self) -> None:
+        """Try again to fill the pools that the host had no room for."""
+        while self._short:
+            if found := self._ops.snapshots.get(self._short.pop()):
+                self.refill(found)
 
     async def _park(self, found: Snapshot) -> None:
-        record = await self._child_record(
-            dataclasses.replace(found, spec=dataclasses.replace(found.spec, ports=())), f"pool-{os.urandom(6).hex()}"
-        )
-        entry = self._ops.add(dataclasses.replace(record, pool=found.id))
+        await restoring.check(self._ops, found)
+        record = await self._child_record(found, f"pool-{os.urandom(6).hex()}")
+        entry = self._ops.add(dataclasses.replace(record, spec=dataclasses.replace(record.spec, ports=()), pool=found.id))
 
         async def work(held: Entry) -> None:
             await restoring.bring_back(self._ops, held, found)
@@ -278,11 +322,10 @@ class Forks:
     async def _claim(self, entry: Entry, found: Snapshot, name: str) -> Entry:
         """A parked machine becomes somebody's: it goes on under the new name."""
         began = time.monotonic()
-        spec = dataclasses.replace(found.spec, name=name, ports=tuple(Port(guest=port.guest) for port in found.spec.ports))
 
         async def work(held: Entry) -> None:
             assert held.vm
-            await self._ops.set(held, name=name, spec=spec, pool="", created_at=time.time())
+            await self._ops.set(held, name=name, spec=_spec(found, name), pool="", created_at=time.time())
             await held.vm.unpause(restoring.identity(held))
             self._ops.note(held, started_at=time.time(), boot_time=time.monotonic() - began)
             await restoring.open_ports(self._ops, held)
@@ -299,11 +342,11 @@ class Forks:
         """Remove a snapshot, and with `cascade` all that stands on it; returns names, in the order in which they go."""
         records = [each.record for each in self._ops.entries.values()]
         doomed_machines, doomed_snapshots = _closure(found, records, list(self._ops.snapshots.values()))
-        names = [each.name for each in doomed_machines] + [each.name or each.id for each in doomed_snapshots]
+        names = [each.name for each in doomed_machines] + [each.title for each in doomed_snapshots]
         if len(names) > 1 and not cascade:
             others = [name for name in names if name not in (found.name, found.id)]
             raise DependentsError(
-                f"{found.name or found.id} is needed by {', '.join(others)}",
+                f"{found.title} is needed by {', '.join(others)}",
                 hint="Delete those first, or all with `--cascade`; `--dry-run` shows what would go.",
                 details={"dependents": others},
             )
@@ -340,17 +383,22 @@ class Forks:
             await restoring.end_test(files)
         for entry in list(self._ops.entries.values()):
             record = entry.record
-            never = (
-                record.source_id and record.source_id not in self._ops.snapshots and record.started_at is None
-            )  # of a fork that was cut off
-            if never or (record.pool and record.state is not State.PAUSED):
+            # The snapshot of a fork that was cut off was never recorded, and its child never ran.
+            unborn = record.source_id and record.source_id not in self._ops.snapshots and record.started_at is None
+            if unborn or (record.pool and record.state is not State.PAUSED):
                 await self._ops.drop(entry)
         for found in list(self._ops.snapshots.values()):
             if found.state in (SnapshotState.SAVING, SnapshotState.TESTING):
                 self._sealer.add(found, test=bool(found.name))
             elif found.pool:
                 self.refill(found)
+        self._ops.spawn(compacting.finish(self._ops, self._sealer))
         await self.sweep()
+
+
+def _spec(found: Snapshot, name: str) -> Spec:
+    """Of a machine that is made from it. The host's side of its ports is taken, or will be, so any free ones do."""
+    return dataclasses.replace(found.spec, name=name, ports=tuple(Port(guest=port.guest) for port in found.spec.ports))
 
 
 def _closure(found: Snapshot, machines: list[Record], snapshots: list[Snapshot]) -> tuple[list[Record], list[Snapshot]]:

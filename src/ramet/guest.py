@@ -294,16 +294,61 @@ class Guest(asyncio.Protocol):
 
     async def run_hooks(self, generation: str, name: str, timeout: float) -> None:
         """Run the image's programs for copies of a machine. GuestError of the first that fails, with the last line that it wrote."""
+        end, said = await self._builtin(Command(argv=("hooks", generation, name), timeout=timeout, label="fork.d"))
+        if end.status:
+            raise _hook_error(end, said, timeout)
+
+    async def _builtin(self, command: Command) -> tuple[Exit, dict[Channel, bytes]]:
+        """One of the agent's own functions: how it ended, and the end of what it wrote."""
         said = {Channel.STDOUT: b"", Channel.STDERR: b""}
-        command = Command(argv=("hooks", generation, name), timeout=timeout, label="fork.d")
         async with contextlib.aclosing(self.execute(command, builtin=True).events()) as events:
             async for event in events:
                 if isinstance(event, Output):
                     said[event.channel] = (said[event.channel] + event.data)[-_TAIL:]
-                elif isinstance(event, Exit) and event.status:
-                    raise _hook_error(event, said, timeout)
+                elif isinstance(event, Exit):
+                    return event, said
+        raise ProtocolError("the guest's agent did not say how a builtin ended")
+
+    # memory
+
+    async def reclaim(self, size: int, deadline: float = SHORT) -> int:
+        """Have the guest drop `size` bytes of what it holds of files, those that it used least recently; returns how many it did drop."""
+        return (await self._memory("reclaim", str(size), deadline=deadline)).get("reclaimed", 0)
+
+    async def tune(self, policy: Mapping[str, int], deadline: float = SHORT) -> bool:
+        """Set DAMON's parameters, and whether it is `enabled`; one that has them all is left alone. False: the guest's kernel has no DAMON."""
+        words = [f"{name}={value}" for name, value in policy.items()]
+        return bool((await self._memory("tune", *words, deadline=deadline)).get("tuned"))
+
+    async def slim(self, deadline: float) -> dict[str, int]:
+        """Write all back, discard what the file systems have free, drop caches, compact: bytes "trimmed" of disks and "freed" of memory.
+
+        The guest's kernel reports what it freed to the host within some seconds after this.
+        """
+        return {"trimmed": 0, "freed": 0} | await self._memory("slim", deadline=deadline)
+
+    async def _memory(self, *argv: str, deadline: float) -> dict[str, int]:
+        """A builtin that answers with lines `name value`. Nothing from the agent of an older snapshot, which does not have it."""
+        await self._patience.running()
+        try:
+            async with self._patience.limit(deadline):
+                end, said = await self._builtin(Command(argv=argv))
+        except TimeoutError:
+            raise OutcomeUnknownError(f"the guest did not finish `{argv[0]}` within {deadline:.0f} s") from None
+        except GuestError as error:
+            if error.details.get("errno") != "EPROTO":
+                raise
+            return {}
+        if end.status:
+            raise GuestError(f"the guest's `{argv[0]}` failed: {agentwire.printable(said[Channel.STDERR]).strip() or end.status}")
+        return {name: int(value) for name, value in agentwire.parse_metrics(said[Channel.STDOUT]).items()}
 
     # streams
+
+    @property
+    def under_way(self) -> int:
+        """How much is: commands that somebody is connected to, connections to its ports, files on their way, questions."""
+        return len(self._streams)
 
     def open(self, op: Op, what: str, params: Iterable[bytes] = (), flags: int = 0) -> Stream:
         """Begin a stream. what: as errors name it."""

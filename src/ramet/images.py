@@ -27,6 +27,7 @@ from ramet.errors import ImageError, NoSpaceError, NotFoundError
 from ramet.model import Image, ImageConfig
 from ramet.paths import ImageDir, StateDir
 from ramet.reference import Debian, Registry, Source, parse
+from ramet.store.disk import sync
 from ramet.watch import Progress
 
 _WORK = ".work-"
@@ -152,22 +153,14 @@ def _publish(state: StateDir, work: Path, source: Source, found: skopeo.Found, c
         file.write(_RECORDS.dump_json(_Record(image=image, origin=found.origin), indent=2))
         file.flush()
         os.fsync(file.fileno())
-    _sync(work)
+    sync(work)
     if final.root.exists():  # not readable, else we would not have made it anew
         aside = Path(tempfile.mkdtemp(prefix=_WORK, dir=state.images))
         final.root.rename(aside)
         shutil.rmtree(aside)
     work.rename(final.root)
-    _sync(state.images)
+    sync(state.images)
     return image
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _load(place: ImageDir) -> _Record | None:
@@ -227,4 +220,4 @@ def _disk_errors(reference: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise NoSpaceError(f"image {reference}: no space left on the disk", hint="Free some space (`df -h`) and try again.") from error
+        raise NoSpaceError(f"image {reference}: no space left on the disk") from error

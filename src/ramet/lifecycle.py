@@ -24,6 +24,8 @@ class Operation(StrEnum):
     RESTORE = "restore"
     PARK = "park"
     CLAIM = "claim"
+    UPDATE = "update"
+    COMPACT = "compact"
 
 
 _LIVE = frozenset({State.RUNNING, State.PAUSED})
@@ -44,6 +46,8 @@ TABLE: dict[Operation, tuple[frozenset[State], State | None, State | None]] = {
     Operation.RESTORE: (_LIVE | _REST | {State.HIBERNATED}, State.RESTORING, State.RUNNING),
     Operation.PARK: (frozenset({State.CREATING}), State.CREATING, State.PAUSED),
     Operation.CLAIM: (frozenset({State.PAUSED}), State.RESUMING, State.RUNNING),
+    Operation.UPDATE: (_LIVE | _REST | {State.HIBERNATED}, None, None),
+    Operation.COMPACT: (_LIVE | {State.STOPPED}, None, None),
 }
 
 # What an interrupted operation (the daemon was killed) leaves a machine as, when its process is gone.
@@ -74,6 +78,8 @@ FAILED: dict[Operation, State | None] = {
     Operation.RESTORE: State.FAILED,
     Operation.PARK: State.FAILED,
     Operation.CLAIM: State.FAILED,
+    Operation.UPDATE: None,
+    Operation.COMPACT: None,
 }
 
 _WHAT_NEXT = {

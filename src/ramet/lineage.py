@@ -48,8 +48,15 @@ def unneeded(machines: Iterable[Record], snapshots: Iterable[Snapshot]) -> list[
 class _Tree:
     """Nodes in the order in which they were first needed: parents before children."""
 
-    def __init__(self, machines: Mapping[str, Record], snapshots: Mapping[str, Snapshot], image_names: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        machines: Mapping[str, Record],
+        snapshots: Mapping[str, Snapshot],
+        usage: Mapping[str, Usage],
+        image_names: Mapping[str, str],
+    ) -> None:
         self.nodes: dict[str, TreeNode] = {}
+        self._usage = usage
         self._by_name = {each.name: each for each in machines.values()}
         self._snapshots = snapshots
         self._image_names = image_names
@@ -81,14 +88,14 @@ class _Tree:
                 name=found.name,
                 state=found.state,
                 created_at=found.created_at,
+                usage=self._usage.get(found.id),
                 stored=found.stored,
             )
         )
 
-    def machine(self, record: Record, usage: Usage | None = None) -> str:
+    def machine(self, record: Record) -> str:
         source = self._snapshots.get(record.source_id)
         parent = self.point(source) if source else self.image(record.image_digest)
-        old = self.nodes.get(record.id)
         node = TreeNode(
             id=record.id,
             parent=parent,
@@ -96,7 +103,7 @@ class _Tree:
             name=record.name,
             state=record.state,
             created_at=record.created_at,
-            usage=usage or (old.usage if old else None),
+            usage=self._usage.get(record.id),
         )
         self.nodes[record.id] = node
         return record.id
@@ -107,13 +114,13 @@ def tree(
 ) -> list[TreeNode]:
     """Images, under them machines, under those their snapshots, under those the machines that came from them.
 
-    usage: by a machine's id. image_names: by digest. Automatic snapshots are drawn where machines came from them.
+    usage: by a machine's or snapshot's id. image_names: by digest. Automatic snapshots are drawn where machines came from them.
     """
-    drawn = _Tree(machines, snapshots, image_names)
+    drawn = _Tree(machines, snapshots, usage, image_names)
     sources = {each.source_id for each in machines.values() if not each.pool}
     for each in machines.values():
         if not each.pool:
-            drawn.machine(each, usage.get(each.id))
+            drawn.machine(each)
     for found in snapshots.values():
         if found.name or found.id in sources:
             drawn.point(found)

@@ -43,6 +43,14 @@ class InitMode(StrEnum):
     IMAGE = "image"
 
 
+class Reclaim(StrEnum):
+    """How soon the host gets back what a guest has not used for a while. EAGER: within a minute; GENTLE: within minutes, at hardly any cost."""
+
+    OFF = "off"
+    GENTLE = "gentle"
+    EAGER = "eager"
+
+
 def strict(kind: type[T]) -> type[T]:
     """Where pydantic reads this record, unknown keys are errors (its `with_config`, without importing pydantic: the CLI would wait 50 ms for it)."""
     kind.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
@@ -69,6 +77,16 @@ class Lifecycle:
 
 @strict
 @dataclass(frozen=True, kw_only=True)
+class Drive:
+    """A disk beside the root. name: its serial in the guest; size in bytes; mount: where its file system is there, empty: a blank device."""
+
+    name: str
+    size: int
+    mount: str = ""
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """What a machine should be. memory and disk in bytes."""
 
@@ -84,6 +102,8 @@ class Spec:
     lifecycle: Lifecycle = Lifecycle()
     init: InitMode = InitMode.AGENT
     entrypoint: bool = True
+    reclaim: Reclaim = Reclaim.GENTLE
+    drives: tuple[Drive, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,16 +147,24 @@ class Activity:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a machine costs the host now.
+    """What a member of the tree costs the host now, in bytes; what several share is divided among them, so that sums are what the host really uses.
 
-    memory: PSS of QEMU, so that what siblings share is counted once among them; private: what it shares with nobody; disk: allocated blocks of
-    its own overlay; cpu: seconds used since its start.
+    memory: PSS of QEMU, of which private is what nobody else maps, shared its part of the rest, overhead what is not the guest's memory: QEMU's
+    program, heap and translated code. returned: of the guest's memory, what the host does not hold for it; reclaimable: of what it holds, what the guest
+    could give back (its clean page cache), None where it was not asked. disk: what its own overlay takes; disk_unique: that, and
+    all else that nobody else stands on; disk_shared: its part of the layers and the image that others stand on too. cpu: seconds since its start.
     """
 
-    memory: int
-    disk: int
-    cpu: float
+    memory: int = 0
+    disk: int = 0
+    cpu: float = 0.0
     private: int = 0
+    shared: int = 0
+    overhead: int = 0
+    returned: int = 0
+    reclaimable: int | None = None
+    disk_unique: int = 0
+    disk_shared: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +172,9 @@ class Machine:
     """A machine as users see it.
 
     reason: why it failed or stopped; pid: QEMU's. parent: the machine that it was forked from, or whose snapshot it was made from; snapshot: name or
-    id of the one it last came from or was saved as. boot_time: seconds from its start, or from its snapshot, until commands ran in it.
+    id of the one it last came from or was saved as. boot_time: seconds from its start, or from its snapshot, until commands ran in it. usage: None in
+    the answers to a fork and a start from a snapshot, which do not wait for it to be counted. memory_limit: bytes of memory that it may use, 0: the spec's.
+    memory_granted: bytes that the guest has, more than the limit where it needed more; None where that is not known.
     """
 
     id: str
@@ -165,6 +195,8 @@ class Machine:
     boot_time: float | None = None
     parent: str = ""
     snapshot: str = ""
+    memory_limit: int = 0
+    memory_granted: int | None = None
 
 
 class SnapshotState(StrEnum):
@@ -195,8 +227,9 @@ class Snapshot:
 
     name: empty for the automatic ones (a fork's, a hibernation's), which go when no machine stands on them. machine: whose it is. memory: whether it
     holds the running programs too, else only the disk. parent: id of the snapshot that the machine stood on. pool: how many machines
-    are to be kept restored and parked; pooled: how many are. pause: seconds that the machine stood still. stored: bytes on the host's disk of the
-    layers that it added. dependents: machines and snapshots that stand on it.
+    are to be kept restored and parked; pooled: how many are. pause: seconds that the machine stood still. saved: bytes of memory that it holds beyond its
+    parent's; slimmed: those that the machine gave back just before, caches and free memory. stored: bytes on the host's disk of the
+    layers that it added. memory_limit: the machine's. drive_layers: of the spec's drives, in their order. dependents: machines and snapshots that stand on it.
     """
 
     id: str
@@ -215,9 +248,28 @@ class Snapshot:
     pool: int = 0
     pooled: int = 0
     pause: float | None = None
+    saved: int = 0
+    slimmed: int = 0
     stored: int = 0
     compatibility: Compatibility | None = None
+    memory_limit: int = 0
+    drive_layers: tuple[str, ...] = ()
     dependents: tuple[str, ...] = ()
+
+    @property
+    def disk_layers(self) -> tuple[str, ...]:
+        """Of the root disk and of the drives, in the spec's order."""
+        return (self.disk_layer, *self.drive_layers)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All that it names."""
+        return tuple(filter(None, (*self.disk_layers, self.memory_layer)))
+
+    @property
+    def title(self) -> str:
+        """What users call it: its name, or its id where it has none."""
+        return self.name or self.id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +291,7 @@ class NodeKind(StrEnum):
 class TreeNode:
     """One member of the tree of who descends from whom. parent: id of another node, or empty. gone: a deleted machine whose descendants live.
 
-    usage: what a live machine costs; stored: bytes that a snapshot's own layers take on the host's disk.
+    usage: what it costs; the machines that are parked for a template count as its own. stored: bytes that a snapshot's own layers take on the host's disk.
     """
 
     id: str
@@ -409,7 +461,8 @@ class FileInfo:
 class HostInfo:
     """The host as Ramet sees it.
 
-    parked: machines that wait in pools, beyond `machines`. limits: what this host cannot enforce, with the reason, for people to read.
+    parked: machines that wait in pools, beyond `machines`. memory_committed: bytes that the machines may come to use, of memory_capacity that they may at most:
+    the host's memory times overcommit, less what is kept for the host. limits: what this host cannot enforce, with the reason, for people to read.
     """
 
     version: str
@@ -428,6 +481,9 @@ class HostInfo:
     network: str
     state_dir: str
     parked: int = 0
+    memory_committed: int = 0
+    memory_capacity: int = 0
+    overcommit: float = 1.0
     limits: tuple[str, ...] = ()
 
 

@@ -8,26 +8,30 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from ramet import bringup, cgroup, disks, guestfs, images, lifecycle, locks
+from ramet import bringup, capacity, cgroup, disks, guestfs, images, lifecycle, locks
 from ramet.bus import Bus
+from ramet.capacity import Claim
 from ramet.commands import Forward
 from ramet.db import Database, Record
-from ramet.errors import BusyError, HostError, MachineFailedError, NoSpaceError, RametError, SpecError, StateError
-from ramet.guest import Stream
+from ramet.entry import Entry
+from ramet.errors import BusyError, HostError, MachineFailedError, NoCapacityError, NoSpaceError, RametError, SpecError, StateError
 from ramet.host import Host
 from ramet.lifecycle import Operation
-from ramet.model import Activity, Event, Image, ImageConfig, InitMode, Port, Snapshot, State
+from ramet.model import Activity, Event, Image, InitMode, Port, Snapshot, State
 from ramet.paths import MachineDir, StateDir
 from ramet.store import mounting
 from ramet.store.mounting import ImageFs
 from ramet.store.store import Store
 from ramet.units import format_size
+from ramet.vm import balloon
 from ramet.vm import machine as vm
+from ramet.vm.disk import Disks
 from ramet.vm.machine import Vm
+
+__all__ = ["LOST", "Entry", "Operations", "log", "retrieve"]
 
 T = TypeVar("T")
 
@@ -38,23 +42,6 @@ _DYING = 5.0  # seconds that a guest which lost its agent gets to end by itself 
 _LITTLE = 64 << 10  # bytes that must be free for the image file system to write down who it is
 # A full disk must not keep anybody from stopping and deleting: a daemon that starts anew finds these states out by looking.
 _FOUND_AGAIN = frozenset({State.STOPPING, State.STOPPED, State.FAILED, State.DELETING})
-
-
-@dataclass(eq=False)
-class Entry:
-    """A machine in this process: its record, and what lives only as long as the daemon does."""
-
-    record: Record
-    image: ImageConfig = field(default_factory=ImageConfig)
-    vm: Vm | None = None
-    operation: Operation | None = None
-    task: asyncio.Task[None] | None = None
-    activity: Activity | None = None
-    started: float = 0.0  # when its QEMU was; Unix time
-    doom: str = ""  # why we are about to end its QEMU, in place of how that will look
-    touched: list[tuple[int, int]] = field(default_factory=list)  # what children of earlier forks needed of its memory first
-    streams: dict[int, Stream] = field(default_factory=dict)
-    forwards: dict[int, Forward] = field(default_factory=dict)
 
 
 class Operations:
@@ -72,6 +59,7 @@ class Operations:
         self._layers_lock = asyncio.Lock()
         self._saving = 0
         self._uncollected = False
+        self._collecting = asyncio.Lock()
         self.on_end: Callable[[Entry], None] = lambda entry: None  # called when a QEMU ended by itself
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -90,7 +78,9 @@ class Operations:
                 details={"operation": entry.operation},
             )
         during = lifecycle.begin(entry.record.name, entry.record.state, operation)
-        entry.operation = operation
+        if wanted := capacity.wanted(entry.record, operation, alive=bool(entry.vm)):
+            self.admit(entry, wanted)
+        entry.operation, entry.last_used = operation, time.monotonic()
         entry.task = task = asyncio.create_task(self._perform(entry, operation, during, work))
         task.add_done_callback(retrieve)
         try:
@@ -98,6 +88,16 @@ class Operations:
         except asyncio.CancelledError:
             if task.cancelled():
                 raise StateError(f"{operation} of {entry.record.name} was ended by a delete, or by the daemon's stop") from None
+            raise
+
+    def admit(self, entry: Entry, wanted: Claim) -> None:
+        """NoCapacityError where the host has no room for it; a machine that was to be made is forgotten then."""
+        others = [has for each in self.entries.values() if each is not entry and (has := each.claim())]
+        try:
+            capacity.check(entry.record.name, wanted, others, self.host.room())
+        except NoCapacityError:
+            if entry.record.state is State.CREATING:
+                del self.entries[entry.record.id]
             raise
 
     async def _perform(self, entry: Entry, operation: Operation, during: State, work: Callable[[Entry], Awaitable[None]]) -> None:
@@ -200,27 +200,31 @@ class Operations:
         image = await self._image(entry)
         entry.image = image.config
         files = self.state.machine(entry.record.id)
-        files.root.mkdir(mode=0o700, exist_ok=True)
-        found = disks.current(files, entry.record.spec.disk)
-        if found is None:
+        if not disks.current(files, entry.record.spec.disk):
             self.doing(entry, "making the disk")
-            found = await disks.make(files, "", entry.record.spec.disk)
-        found = await disks.settle(self.state, self.store, files, image.digest, None) or found
-        if found.layer:
+            await disks.make(self.state, files, entry.record.spec)
+        found = await self.settle_disks(entry, {})
+        if disks.layers_of(files):
             await self.use_layers()
         self.doing(entry, "preparing the kernel")
         boot = await self.host.boot()
         self.doing(entry, "booting")
         began = time.monotonic()
-        where = disks.argument(self.state, files, found, image.digest)
-        config = bringup.config(entry.record.spec, boot, self.host.network, disk=where, machine_id=bringup.machine_id(entry.record.id))
+        where = disks.arguments(self.state, files, found, image.digest, boot.disk_io)
+        config = bringup.config(entry.record.spec, boot, self.host.network, disks=where, machine_id=bringup.machine_id(entry.record.id))
         entry.vm = await Vm.launch(files, config, boot.binaries.shim)
         await self.set(entry, started_at=time.time(), accelerator=boot.probe.accelerator, kernel=boot.kernel.version)
         bringup.limit(self.host, entry.record.id, entry.record.spec, files)
         await entry.vm.connect_agent(deadline=vm.BOOT_DEADLINE, resync=False)
         await self.set(entry, boot_time=time.monotonic() - began)
         self.watch(entry, entry.vm)
+        if entry.record.memory_limit:
+            self.spawn(balloon.apply(entry.record.name, entry.vm, entry.record.memory_limit))
         await self._hooks(entry)
+
+    async def settle_disks(self, entry: Entry, active: Mapping[int, int]) -> Disks:
+        """Put the disks right where a save was cut off; what the machine has then. active: the overlays that a QEMU which lives writes to."""
+        return await disks.settle(self.state, self.store, self.state.machine(entry.record.id), entry.record.image_digest, active)
 
     async def _image(self, entry: Entry) -> Image:
         """The image the machine's disk stands on, made when it is not there and no disk yet stands on it."""
@@ -306,8 +310,7 @@ class Operations:
                 await self.layers.ensure()
             except HostError as error:
                 if shutil.disk_usage(self.state.store.root).free < _LITTLE:
-                    hint = "Free some space (`df -h`) and try again."
-                    raise NoSpaceError("the image file system cannot start: no space left on the disk", hint=hint) from error
+                    raise NoSpaceError("the image file system cannot start: no space left on the disk") from error
                 raise
             if self.layers.dead is not known:
                 self.spawn(self._layers_died(self.layers.dead))
@@ -317,7 +320,7 @@ class Operations:
         why = await asyncio.shield(dead)
         log.error("the image file system ended: %s", why)
         for entry in list(self.entries.values()):
-            if entry.vm and (entry.record.memory_layer or disks.layer_of(entry.vm.files)):
+            if entry.vm and (entry.record.memory_layer or disks.layers_of(entry.vm.files)):
                 self.spawn(self._lost_layers(entry, entry.vm))
 
     async def _lost_layers(self, entry: Entry, machine: Vm) -> None:
@@ -342,9 +345,9 @@ class Operations:
 
     def needed_layers(self) -> frozenset[str]:
         """Those that snapshots and machines stand on, also machines that a lost database does not name any more."""
-        points = {layer for each in list(self.snapshots.values()) for layer in (each.disk_layer, each.memory_layer)}
+        points = {layer for each in list(self.snapshots.values()) for layer in each.layers}
         running = {each.record.memory_layer for each in list(self.entries.values())}
-        disks_on = {disks.layer_of(MachineDir(root=path)) for path in self.state.machines.iterdir()}
+        disks_on = {layer for path in self.state.machines.iterdir() for layer in disks.layers_of(MachineDir(root=path))}
         return frozenset((points | running | disks_on) - {""})
 
     async def collect(self) -> None:
@@ -353,7 +356,8 @@ class Operations:
         if self._uncollected:
             return
         try:
-            freed = await asyncio.to_thread(self.store.gc, self.needed_layers)
+            async with self._collecting:  # one that meets another would leave the blobs to it, which may have looked too early
+                freed = await asyncio.to_thread(self.store.gc, self.needed_layers)
         except RametError as error:
             log.warning("layers that nothing needs could not be removed: %s", error.message)
         else:

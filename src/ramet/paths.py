@@ -12,6 +12,8 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
     image.json              env, user, workdir, entrypoint, where it came from
   images/.work-XXXX/        being made; removed when its maker's flock on it is free
   images/.lock-DIGEST       flock: one maker for one image
+  blanks/NAME-BYTES.raw     the empty ext4 that a drive of that name and size begins with
+  blanks/.new-XXXX          being made
   store/                    layers: what snapshots are made of
     layers/ID/              16 hex digits: published by rename
       layer.json            size, parent, the layers that its pages come from
@@ -29,8 +31,9 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
     snapshot.json           its record as it was made
     state                   QEMU's devices, for those with memory
   machines/ID/
-    disk.json               which overlay is the machine's own, and what it stands on
-    disk-N.qcow2            overlays: more than one only in the middle of a save
+    disk.json               which overlay of each disk is the machine's own, and what it stands on
+    disk-N.qcow2            overlays of the root disk: more than one only in the middle of a save
+    disk-NAME-N.qcow2       the same of a drive
     lock                    flock held by the shim and QEMU: held = alive
     pids exit console.log qemu.log     written by the shim
     qmp.sock agent.sock     bound by us, handed to QEMU
@@ -75,8 +78,9 @@ class MachineDir:
     def disk(self) -> Path:
         return self.root / "disk.json"
 
-    def overlay(self, number: int) -> Path:
-        return self.root / f"disk-{number}.qcow2"
+    def overlay(self, number: int, drive: str = "") -> Path:
+        """drive: its name; empty: the root disk."""
+        return self.root / (f"disk-{drive}-{number}.qcow2" if drive else f"disk-{number}.qcow2")
 
     @property
     def lock(self) -> Path:
@@ -256,6 +260,13 @@ class StateDir:
         return self.root / "images"
 
     @property
+    def blanks(self) -> Path:
+        return self.root / "blanks"
+
+    def blank(self, drive: str, size: int) -> Path:
+        return self.blanks / f"{drive}-{size}.raw"
+
+    @property
     def machines(self) -> Path:
         return self.root / "machines"
 
@@ -279,5 +290,6 @@ class StateDir:
 
     def create(self) -> None:
         """Make the directories, for the owner only: disks and memories hold secrets."""
-        for path in (self.root, self.images, self.machines, self.snapshots, self.store.root, self.store.layers, self.store.blobs):
+        places = (self.images, self.blanks, self.machines, self.snapshots, self.store.root, self.store.layers, self.store.blobs)
+        for path in (self.root, *places):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)

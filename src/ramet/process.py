@@ -47,6 +47,8 @@ _PASSED = [
     "RAMET_KERNEL",
     "RAMET_ACCEL",
     "RAMET_PORT",
+    "RAMET_OVERCOMMIT",
+    "RAMET_PRESSURE",
     "RAMET_DEBIAN_MIRROR",
 ]
 
@@ -88,9 +90,7 @@ def failure(argv: Sequence[str], returncode: int, log: str, what: str = "") -> H
     last = tail.splitlines()[-1].strip() if tail else "no output"
     details = {"argv": list(argv), "returncode": returncode, "log": tail}
     if any(mark in tail.lower() for mark in _SPACE):
-        return NoSpaceError(
-            f"{what or argv[0]}: no space left on the disk", hint="Free some space (`df -h`) and try again.", details=details
-        )
+        return NoSpaceError(f"{what or argv[0]}: no space left on the disk", details=details)
     return CommandError(
         f"{what or argv[0]} failed: {argv[0]} {ended}: {last}", hint="The end of its output is in the details.", details=details
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Mapping
 
-from ramet import bringup, disks, images, lifecycle, locks
-from ramet.errors import HostError, RametError
+from ramet import bringup, disks, images, lifecycle, locks, restoring, saving
+from ramet.errors import RametError
 from ramet.model import ImageConfig, Snapshot, State
 from ramet.operations import LOST, Entry, Operations, retrieve
 from ramet.records import load
-from ramet.vm import capture
+from ramet.vm import balloon, capture
 from ramet.vm import machine as vm
 from ramet.vm.machine import Vm
 
@@ -60,7 +61,7 @@ async def _find_snapshots(ops: Operations) -> None:
         except (OSError, ValueError, RametError) as error:
             log.warning("%s is no snapshot that can be used; it is left alone: %s", path, error)
             continue
-        log.info("snapshot %s was whole, and is known again", found.name or found.id)
+        log.info("snapshot %s was whole, and is known again", found.title)
         ops.snapshots[found.id] = found
 
 
@@ -69,12 +70,12 @@ async def _recover(ops: Operations, entry: Entry) -> None:
     record = entry.record
     files = ops.state.machine(record.id)
     alive = vm.is_alive(files)
-    needs_layers = bool(record.memory_layer or disks.layer_of(files))
+    needs_layers = bool(record.memory_layer or disks.layers_of(files))
     if alive and needs_layers and not locks.is_held(ops.state.store.lock):
         log.info("%s lost the image file system while no daemon ran", record.name)
         await ops.end(entry)
         if record.state in (State.RUNNING, State.PAUSED):
-            await _settle(ops, entry, None)
+            await _settle(ops, entry, {})
             await ops.set(entry, state=State.FAILED, reason=LOST)
             return
         alive = False
@@ -86,14 +87,14 @@ async def _recover(ops: Operations, entry: Entry) -> None:
             await ops.remove(entry)
             return
         await ops.end(entry)
-        await _settle(ops, entry, None)
+        await _settle(ops, entry, {})
         reason = f"the daemon ended while it was {record.state}" if after is State.FAILED else ""
         await ops.set(entry, state=after, reason=reason)
     elif record.state in live and alive:
         await _adopt(ops, entry)
     elif record.state in live:
         await ops.end(entry)
-        await _settle(ops, entry, None)
+        await _settle(ops, entry, {})
         death = vm.postmortem(files)
         log.info("%s ended while no daemon ran: %s", record.name, death.reason)
         await ops.set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
@@ -101,13 +102,15 @@ async def _recover(ops: Operations, entry: Entry) -> None:
         if alive:
             log.info("%s is %s but a process of it lives: ended", record.name, record.state)
             await ops.end(entry)
-        await _settle(ops, entry, None)
+        await _settle(ops, entry, {})
 
 
-async def _settle(ops: Operations, entry: Entry, active: int | None) -> None:
-    """Put the disk right where a save was cut off."""
+async def _settle(ops: Operations, entry: Entry, active: Mapping[int, int]) -> None:
+    """Put the disks right where a save was cut off."""
     try:
-        await disks.settle(ops.state, ops.store, ops.state.machine(entry.record.id), entry.record.image_digest, active)
+        found = await ops.settle_disks(entry, active)
+        if active:
+            await saving.stand(ops, entry, found)
     except RametError as error:
         log.error("the disk of %s: %s", entry.record.name, error.message)
 
@@ -118,11 +121,14 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
     try:
         machine = await Vm.adopt(files)
         entry.vm = machine
-        if entry.record.memory_layer or disks.layer_of(files):
+        if entry.record.memory_limit:
+            await balloon.look(machine)
+        if entry.record.memory_layer or disks.layers_of(files):
             await ops.use_layers()
-        await _settle(ops, entry, await capture.active_overlay(machine))
+        await _settle(ops, entry, await capture.active_overlays(machine))
         if entry.record.state is State.PAUSED:
             await machine.monitor("stop")
+            machine.still = True
             ops.watch(entry, machine)
             return
         if not await machine.running():
@@ -136,8 +142,4 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
     if entry.record.state is State.HIBERNATING:
         await ops.set(entry, state=State.RUNNING)
     ops.watch(entry, machine)
-    for port in entry.record.spec.ports:
-        try:
-            await ops.open_port(entry, port)
-        except (HostError, RametError) as error:
-            await ops.set(entry, reason=error.message)
+    await restoring.open_ports(ops, entry)

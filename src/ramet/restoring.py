@@ -11,9 +11,10 @@ from pathlib import Path
 from ramet import bringup, commands, disks, images, snapshot
 from ramet.errors import ImageError, LayerError, MachineFailedError, RametError
 from ramet.identity import Identity
-from ramet.model import Command, Compatibility, Snapshot, SnapshotState, Spec, State
+from ramet.model import Command, Compatibility, Snapshot, SnapshotState, Spec
 from ramet.operations import Entry, Operations, log
 from ramet.paths import MachineDir
+from ramet.vm import balloon
 from ramet.vm.machine import Vm, kill
 
 ANSWER_DEADLINE = 60.0  # seconds until the agent of a restored machine has answered: 0.1, on an idle host
@@ -35,21 +36,20 @@ async def here(ops: Operations, spec: Spec) -> Compatibility:
 async def check(ops: Operations, found: Snapshot) -> None:
     """Whether a machine can be started from it: IncompatibleError, LayerError or ImageError say why not."""
     if found.state is SnapshotState.BROKEN:
-        raise LayerError(f"snapshot {found.name or found.id} is broken: {found.reason}", hint="`ramet snapshots` shows others.")
+        raise LayerError(f"snapshot {found.title} is broken: {found.reason}", hint="`ramet snapshots` shows others.")
     if images.load(ops.state, found.image_digest) is None:
-        raise ImageError(f"the image {found.image_digest} that {found.name or found.id} stands on is gone")
+        raise ImageError(f"the image {found.image_digest} that {found.title} stands on is gone")
     if found.memory:
         snapshot.require_fit(found, await here(ops, found.spec))
 
 
 async def launch(ops: Operations, found: Snapshot, files: MachineDir, spec: Spec) -> Vm:
-    """A QEMU for the snapshot's memory and disk, which it does not read yet: they may still be in the making."""
+    """A QEMU for the snapshot's memory and disks, which it does not read yet: they may still be in the making."""
     await ops.use_layers()
-    files.root.mkdir(mode=0o700, exist_ok=True)
-    made = await disks.make(files, found.disk_layer, found.spec.disk)
+    made = await disks.make(ops.state, files, found.spec, found.disk_layers)
     boot = await ops.host.boot(fresh=False)
-    where = disks.argument(ops.state, files, made, found.image_digest)
-    config = bringup.config(spec, boot, ops.host.network, disk=where, memory_file=ops.state.store.served(found.memory_layer))
+    where = disks.arguments(ops.state, files, made, found.image_digest, boot.disk_io)
+    config = bringup.config(spec, boot, ops.host.network, disks=where, memory_file=ops.state.store.served(found.memory_layer))
     return await Vm.launch(files, config, boot.binaries.shim)
 
 
@@ -63,11 +63,12 @@ async def go_on(ops: Operations, found: Snapshot, machine: Vm, who: Identity) ->
 
 
 async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyncio.Future[None] | None = None) -> None:
-    """Let the machine go on from a snapshot; whatever it was before is ended and its disk forgotten. whole: done when the snapshot is, where it is not yet."""
+    """Let the machine go on from a snapshot that was checked; whatever it was before is ended and its disk forgotten.
+
+    whole: done when the snapshot is, where it is not yet.
+    """
     began = time.monotonic()
     await ops.end(entry)
-    if not whole:
-        await check(ops, found)
     image = images.load(ops.state, found.image_digest)
     entry.image = image.config if image else entry.image
     boot = await ops.host.boot(fresh=False)
@@ -83,8 +84,7 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
     if any(getattr(entry.record, name) != value for name, value in after.items()):
         await ops.set(entry, **after)  # before anything runs: a collection of layers must see what it needs
     if not found.memory:
-        files.root.mkdir(mode=0o700, exist_ok=True)
-        await disks.make(files, found.disk_layer, found.spec.disk)
+        await disks.make(ops.state, files, found.spec, found.disk_layers)
         await ops.bring_up(entry)
         return
     ops.doing(entry, "starting QEMU")
@@ -105,6 +105,8 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
         await limits
     ops.note(entry, started_at=time.time(), boot_time=time.monotonic() - began)
     ops.watch(entry, entry.vm)
+    if found.memory_limit or entry.record.memory_limit:
+        ops.spawn(balloon.apply(entry.record.name, entry.vm, entry.record.memory_limit or entry.record.spec.memory))
     await open_ports(ops, entry)
 
 
@@ -155,17 +157,3 @@ async def end_test(files: MachineDir) -> None:
     """Remove what is left of one."""
     await kill(files)
     await asyncio.to_thread(bringup.remove_tree, files.root)
-
-
-async def pause(ops: Operations, entry: Entry) -> None:
-    """Stand still between two frames, the host's side of the streams kept."""
-    assert entry.vm
-    await entry.vm.pause()
-
-
-async def unpause(ops: Operations, entry: Entry) -> None:
-    """Go on, with the time that it is now."""
-    assert entry.vm
-    await entry.vm.unpause()
-    if entry.record.state is State.PAUSED and not entry.forwards:
-        await open_ports(ops, entry)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from ramet import bringup, disks, guestfs, snapshot
@@ -28,7 +28,7 @@ from ramet.store.runs import Runs
 from ramet.store.store import Draft
 from ramet.vm import capture
 from ramet.vm.capture import Capture
-from ramet.vm.disk import DiskState
+from ramet.vm.disk import Disks
 from ramet.vm.machine import Vm
 from ramet.vm.memory import PAGE
 
@@ -40,7 +40,8 @@ _SYNC_DEADLINE = 120.0  # seconds for a guest to write back what it holds, befor
 class Save:
     """A save of a live machine that goes on: `catch` the instant, `keep` it, `settle` the machine.
 
-    snapshot: complete from the begin on but for the pause, so that a QEMU may be started for it before it is whole. disk: what the machine has now.
+    snapshot: complete from the begin on but for the pause, so that a QEMU may be started for it before it is whole. disks: what the machine has now,
+    layers: what those become; memory: what its memory becomes, None: it is not saved.
     """
 
     ops: Operations
@@ -48,45 +49,51 @@ class Save:
     machine: Vm
     snapshot: Snapshot
     staged: SnapshotDir
-    disk: DiskState
-    layers: dict[Kind, Draft]
+    disks: Disks
+    layers: tuple[Draft, ...]
+    memory: Draft | None
     wanted: Capture
 
     async def catch(self) -> None:
         """The pause."""
-        memory = self.layers.get(Kind.MEMORY)
         spool = None
-        if memory:
-            with guard("write", memory.spool):
-                spool = os.open(memory.spool, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self.memory:
+            with guard("write", self.memory.spool):
+                spool = os.open(self.memory.spool, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             await capture.capture(self.machine, self.wanted, spool, self._step)
         finally:
             if spool is not None:
                 os.close(spool)
-        self.snapshot = dataclasses.replace(self.snapshot, pause=self.wanted.pause)
+        self.snapshot = dataclasses.replace(self.snapshot, pause=self.wanted.pause, saved=_saved(self.wanted))
+
+    async def publish(self) -> None:
+        """The layers are there; nobody names them yet."""
+        await asyncio.to_thread(self._publish)
 
     async def keep(self) -> None:
         """From here on the snapshot exists, and can be started from."""
         self._step("keeping the snapshot")
-        await asyncio.to_thread(self._publish)
+        await self.publish()
         self._step("recording the snapshot")
         await _record(self.ops, self.entry, self.snapshot, self.staged)
 
     def _publish(self) -> None:
-        files = self.machine.files
-        disks.publish(self.ops.store, files, self.disk, self.layers[Kind.DISK])
-        if memory := self.layers.get(Kind.MEMORY):
-            self.ops.store.publish(memory, _packed(self.wanted), durable=False)
+        for found, layer in zip(self.disks, self.layers, strict=True):
+            disks.publish(self.ops.store, self.machine.files, found, layer)
+        if self.memory:
+            self.ops.store.publish(self.memory, _packed(self.wanted), durable=False)
 
     async def settle(self) -> None:
-        """The machine's disk stands on the layer, for good and in one step, however many saves there were."""
+        """The machine's disks stand on the layers, for good and in one step, however many saves there were."""
         self._step("keeping the disk")
-        await asyncio.to_thread(disks.commit, self.ops.store, self.machine.files, self.disk, self.snapshot.disk_layer)
-        try:
-            await capture.rebase(self.machine, self.disk.number + 1, self.ops.state.store.served(self.snapshot.disk_layer))
-        except RametError as error:
-            log.warning("the disk chain of %s stays longer than it needs to be: %s", self.entry.record.name, error.message)
+        layers = dict(enumerate(self.snapshot.disk_layers))
+        await asyncio.to_thread(disks.commit, self.ops.store, self.machine.files, self.disks, layers)
+        for at, overlay in enumerate(self.wanted.overlays):
+            try:
+                await capture.rebase(self.machine, at, overlay, self.ops.state.store.served(layers[at]))
+            except RametError as error:
+                log.warning("the disk chain of %s stays longer than it needs to be: %s", self.entry.record.name, error.message)
 
     def _step(self, text: str) -> None:
         self.ops.doing(self.entry, text)
@@ -97,27 +104,42 @@ async def live(ops: Operations, entry: Entry, *, name: str = "", memory: bool = 
     """A save of a machine that runs or is paused; what was not kept in the body is gone afterwards. name: empty for an automatic one."""
     assert entry.vm
     made = _new(entry, name, memory)
-    async with ops.layers_in_use(), _disk_of(ops, entry) as found:
+    async with ops.layers_in_use(), _disks_of(ops, entry) as found:
         with _staged(ops, made.id) as staged, contextlib.ExitStack() as stack:
-            layers = {Kind.DISK: stack.enter_context(disks.draft(ops.state, ops.store, found, made.image_digest))}
-            changes: dict[str, Any] = {"disk_layer": layers[Kind.DISK].id}
-            if memory:
-                layers[Kind.MEMORY] = stack.enter_context(_memory_draft(ops, entry))
-                changes |= {"memory_layer": layers[Kind.MEMORY].id, "compatibility": await _compatibility(ops, entry)}
+            layers = tuple(stack.enter_context(disks.draft(ops.state, ops.store, each, made.image_digest)) for each in found)
+            changes: dict[str, Any] = _disk_layers([each.id for each in layers])
+            pages = stack.enter_context(_memory_draft(ops, entry)) if memory else None
+            if pages:
+                changes |= {"memory_layer": pages.id, "compatibility": await _compatibility(ops, entry)}
             elif entry.record.state is State.RUNNING:
                 ops.doing(entry, "writing the files to the disk")
                 await guestfs.sync(entry.vm.guest, _SYNC_DEADLINE)
             made = dataclasses.replace(made, **changes)
-            wanted = await _wanted(entry, found, staged if memory else None)
-            yield Save(ops=ops, entry=entry, machine=entry.vm, snapshot=made, staged=staged, disk=found, layers=layers, wanted=wanted)
+            wanted = await _wanted(ops, entry, found, staged if memory else None)
+            yield Save(
+                ops=ops,
+                entry=entry,
+                machine=entry.vm,
+                snapshot=made,
+                staged=staged,
+                disks=found,
+                layers=layers,
+                memory=pages,
+                wanted=wanted,
+            )
+
+
+def _disk_layers(layers: Sequence[str]) -> dict[str, Any]:
+    """What a snapshot says of the layers of the disks."""
+    return {"disk_layer": layers[0], "drive_layers": tuple(layers[1:])}
 
 
 @contextlib.asynccontextmanager
-async def _disk_of(ops: Operations, entry: Entry) -> AsyncIterator[DiskState]:
-    """What the machine has. When the body fails, QEMU is asked which overlay it writes to: perhaps the next one already, which must have its place then."""
+async def _disks_of(ops: Operations, entry: Entry) -> AsyncIterator[Disks]:
+    """What the machine has. When the body fails, QEMU is asked which overlays it writes to: perhaps the next ones already, which must have their place then."""
     await ops.use_layers()
     found = await _settled(ops, entry)
-    if found is None:
+    if not found:
         raise MachineFailedError(f"{entry.record.name} has no disk yet", hint="Start it once.")
     try:
         yield found
@@ -129,16 +151,32 @@ async def _disk_of(ops: Operations, entry: Entry) -> AsyncIterator[DiskState]:
         raise
 
 
-async def _settled(ops: Operations, entry: Entry) -> DiskState | None:
-    active = None
+async def _settled(ops: Operations, entry: Entry) -> Disks:
+    active: dict[int, int] = {}
     if entry.vm and not entry.vm.dead.done():
         try:
-            active = await capture.active_overlay(entry.vm)
+            active = await capture.active_overlays(entry.vm)
         except RametError:
             await asyncio.wait({entry.vm.dead}, timeout=_DYING)  # a QEMU that ends closes its monitor first
             if not entry.vm.dead.done():
                 raise
-    return await disks.settle(ops.state, ops.store, ops.state.machine(entry.record.id), entry.record.image_digest, active)
+    found = await ops.settle_disks(entry, active)
+    if active:
+        await stand(ops, entry, found)
+    return found
+
+
+async def stand(ops: Operations, entry: Entry, found: Disks) -> None:
+    """Have a QEMU that lives read its disks from what they stand on now."""
+    assert entry.vm
+    if any(each.layer for each in found):
+        await ops.use_layers()
+    io = (await ops.host.boot(fresh=False)).disk_io
+    for at, overlay in enumerate(disks.arguments(ops.state, entry.vm.files, found, entry.record.image_digest, io)):
+        try:
+            await capture.settle(entry.vm, at, overlay)
+        except RametError as error:
+            log.warning("the disk chain of %s stays longer than it needs to be: %s", entry.record.name, error.message)
 
 
 async def save(ops: Operations, entry: Entry, *, name: str, memory: bool) -> Snapshot:
@@ -150,19 +188,38 @@ async def save(ops: Operations, entry: Entry, *, name: str, memory: bool) -> Sna
             await made.settle()
         return made.snapshot
     found = _new(entry, name, memory)
-    async with ops.layers_in_use(), _disk_of(ops, entry) as had:
-        files = ops.state.machine(entry.record.id)
-        ops.doing(entry, "freezing the disk")
-        await disks.add(files, had)
-        layer = await disks.freeze(ops.state, ops.store, files, found.image_digest)
-        found = dataclasses.replace(found, disk_layer=layer.id)
+    async with ops.layers_in_use(), _disks_of(ops, entry) as had:
+        found = dataclasses.replace(found, **_disk_layers(await _frozen(ops, entry, had)))
         with _staged(ops, found.id) as staged:
             await _record(ops, entry, found, staged)
     return found
 
 
-async def hibernate(ops: Operations, entry: Entry) -> Snapshot:
-    """Save a machine and end its QEMU. Nothing waits for it to go on, so its pages are compressed straight from its memory."""
+async def freeze(ops: Operations, entry: Entry) -> tuple[str, ...]:
+    """Make the machine's overlays layers and give it empty ones, for no snapshot; the layers' ids. The machine may run, be paused, or stopped."""
+    if entry.vm:
+        async with live(ops, entry, memory=False) as made:
+            await made.catch()
+            await made.publish()
+            await made.settle()
+        return made.snapshot.disk_layers
+    async with ops.layers_in_use(), _disks_of(ops, entry) as had:
+        return await _frozen(ops, entry, had)
+
+
+async def _frozen(ops: Operations, entry: Entry, had: Disks) -> tuple[str, ...]:
+    """The same for a machine that has no QEMU."""
+    files = ops.state.machine(entry.record.id)
+    ops.doing(entry, "freezing the disk")
+    await disks.add(files, had)
+    return tuple(each.id for each in await disks.freeze(ops.state, ops.store, files, entry.record.image_digest))
+
+
+async def hibernate(ops: Operations, entry: Entry, *, slimmed: int = 0) -> Snapshot:
+    """Save a machine and end its QEMU. Nothing waits for it to go on, so its pages are compressed straight from its memory.
+
+    slimmed: bytes of memory that it gave back just before.
+    """
     machine = entry.vm
     assert machine
     made = _new(entry, "", True)
@@ -170,10 +227,10 @@ async def hibernate(ops: Operations, entry: Entry) -> Snapshot:
     def step(text: str) -> None:
         ops.doing(entry, text)
 
-    async with ops.layers_in_use(), _disk_of(ops, entry) as found:
+    async with ops.layers_in_use(), _disks_of(ops, entry) as found:
         with _staged(ops, made.id) as staged:
             compatibility = await _compatibility(ops, entry)
-            wanted = await _wanted(entry, found, staged)
+            wanted = await _wanted(ops, entry, found, staged)
             await capture.prepare(machine, wanted)
             began = time.monotonic()
             async with capture.still(machine, step) as stillness:
@@ -181,8 +238,15 @@ async def hibernate(ops: Operations, entry: Entry) -> Snapshot:
                 step("keeping the disk")
                 below = await disks.freeze(ops.state, ops.store, machine.files, made.image_digest)
                 memory = await _sealed(ops, entry, machine, wanted)
-                changes = {"disk_layer": below.id, "memory_layer": memory.id, "pause": time.monotonic() - began}
-                made = dataclasses.replace(made, compatibility=compatibility, **changes)  # type: ignore[arg-type]
+                made = dataclasses.replace(
+                    made,
+                    compatibility=compatibility,
+                    **_disk_layers([each.id for each in below]),
+                    memory_layer=memory.id,
+                    pause=time.monotonic() - began,
+                    saved=_saved(wanted),
+                    slimmed=slimmed,
+                )
                 step("recording the snapshot")
                 await _record(ops, entry, made, staged, into=State.HIBERNATED)
                 stillness.go_on = False
@@ -201,6 +265,7 @@ def _new(entry: Entry, name: str, memory: bool) -> Snapshot:
         spec=record.spec,
         parent=record.snapshot_id,
         image_digest=record.image_digest,
+        memory_limit=record.memory_limit,
     )
 
 
@@ -242,15 +307,20 @@ async def _record(ops: Operations, entry: Entry, made: Snapshot, staged: Snapsho
     ops.replace(entry, record)
 
 
-async def _wanted(entry: Entry, found: DiskState, staged: SnapshotDir | None) -> Capture:
-    """What to catch, with the file of the overlay that the machine will get."""
+async def _wanted(ops: Operations, entry: Entry, found: Disks, staged: SnapshotDir | None) -> Capture:
+    """What to catch, with the files of the overlays that the machine will get."""
     assert entry.vm
-    overlay = await disks.add(entry.vm.files, found)
-    return Capture(number=found.number, next_overlay=overlay, state=staged.state if staged else None, size=entry.record.spec.memory)
+    overlays = await disks.add(entry.vm.files, found, (await ops.host.boot(fresh=False)).disk_io)
+    return Capture(overlays=overlays, state=staged.state if staged else None, size=entry.record.spec.memory)
 
 
 def _memory_draft(ops: Operations, entry: Entry) -> Draft:
     return ops.store.draft(Kind.MEMORY, entry.record.spec.memory, parent=entry.record.memory_layer)
+
+
+def _saved(wanted: Capture) -> int:
+    """Bytes of the memory that was caught."""
+    return sum(count for _, count in wanted.spans) * PAGE
 
 
 def _packed(wanted: Capture) -> Runs:

@@ -150,9 +150,7 @@ def _space(what: str, work: Path, total: int) -> None:
     """Refuse what cannot fit before fetching it: the layers lie there compressed and unpacked at one time."""
     free = os.statvfs(work).f_bavail * os.statvfs(work).f_frsize
     if free < 2 * total:
-        raise NoSpaceError(
-            f"{what}: needs at least {2 * total >> 20} MiB in {work.parent}, {free >> 20} MiB are free", hint="Free some space (`df -h`)."
-        )
+        raise NoSpaceError(f"{what}: needs at least {2 * total >> 20} MiB in {work.parent}, {free >> 20} MiB are free")
 
 
 def _verify(layout: Path, found: Found, expected: oci.Manifest | None, what: str) -> None:

@@ -50,7 +50,7 @@ def require_fit(snapshot: Snapshot, here: Compatibility) -> None:
     """IncompatibleError unless the snapshot's memory can go on here. The kernel is in the memory, so it need not be the one that machines boot here."""
     was = snapshot.compatibility
     if was is None:
-        raise IncompatibleError(f"{snapshot.name or snapshot.id} has no memory", hint="`--disk-only` boots its disk.")
+        raise IncompatibleError(f"{snapshot.title} has no memory", hint="`--disk-only` boots its disk.")
     for name, title in (
         ("format", "format"),
         ("accelerator", "accelerator"),
@@ -62,7 +62,7 @@ def require_fit(snapshot: Snapshot, here: Compatibility) -> None:
         saved, now = getattr(was, name), getattr(here, name)
         if saved != now:
             raise IncompatibleError(
-                f"the memory of {snapshot.name or snapshot.id} does not fit this host: it was saved with {title} {saved}, here it is {now}",
+                f"the memory of {snapshot.title} does not fit this host: it was saved with {title} {saved}, here it is {now}",
                 hint="`ramet create --from SNAPSHOT NAME --disk-only` boots its disk instead.",
                 details={"field": name, "saved": str(saved), "here": str(now)},
             )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import posixpath
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ramet.errors import SpecError
-from ramet.model import InitMode, Lifecycle, Port, Spec
+from ramet.model import Drive, InitMode, Lifecycle, Port, Reclaim, Spec
 from ramet.units import SIZE_HELP, format_size, parse_size
 
 FILE_NAME = "ramet.toml"
@@ -24,6 +25,10 @@ MEMORY = (64 << 20, 4 << 40)
 DISK = (64 << 20, 64 << 40)
 CPUS = (1, 255)
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+DRIVES = 8  # all that each costs: a thread of QEMU's, a place on the bus, up to 120 bytes of the 2048 that the guest's kernel reads of its command line
+_DRIVE = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")  # 20: what fits into a virtio disk's serial
+_MOUNT = re.compile(r"/[A-Za-z0-9._/-]{1,79}")
+_TAKEN = ("/dev", "/proc", "/sys", "/run")  # the guest's own
 NAME_HELP = "1 to 63 of a-z, 0-9 and `-`, not beginning or ending with `-` (it becomes the machine's host name)"
 
 
@@ -48,6 +53,49 @@ def _memory(value: Any) -> int:
 
 def _disk(value: Any) -> int:
     return _within(parse_size(value), DISK, "disk") & ~0xFFFFF
+
+
+def _drive_name(value: Any) -> str:
+    if not isinstance(value, str) or not _DRIVE.fullmatch(value):
+        raise ValueError(f"{value!r} is not a name of a drive: write 1 to 20 of a-z, 0-9 and `-`, not beginning or ending with `-`")
+    return value
+
+
+def _mount(value: Any) -> str:
+    if value == "":
+        return ""
+    if not isinstance(value, str) or not _MOUNT.fullmatch(value) or posixpath.normpath(value) != value:
+        raise ValueError(
+            f"{value!r} is not a place to mount a drive on: write an absolute path of at most 80 letters, digits and `._-/`, as `/data`"
+        )
+    if any(value == each or value.startswith(f"{each}/") for each in _TAKEN):
+        raise ValueError(f"{value!r} belongs to the guest's system: write another, as `/data`")
+    return value
+
+
+def _together(drives: Any) -> Any:
+    """Drives, as they are, unless they do not go together."""
+    if len(drives) > DRIVES:
+        raise ValueError(f"a machine has at most {DRIVES} drives beside its root disk, not {len(drives)}")
+    for what in ("name", "mount"):
+        found = [value for each in drives if (value := getattr(each, what))]
+        if twice := sorted({value for value in found if found.count(value) > 1}):
+            raise ValueError(f"two drives have the {what} {twice[0]!r}")
+    return drives
+
+
+def _drives(drives: Any) -> Any:
+    return _together(tuple(Drive(name=_drive_name(each.name), size=_disk(each.size), mount=_mount(each.mount)) for each in drives))
+
+
+def _drive(value: Any) -> Any:
+    """A table, or in short `NAME:SIZE` or `NAME:SIZE:/MOUNT`."""
+    if not isinstance(value, str):
+        return value
+    name, size, mount = (*value.split(":", 2), "", "")[:3]
+    if not size:
+        raise ValueError(f"{value!r} is not a drive: write `NAME:SIZE`, or `NAME:SIZE:/MOUNT`, as `data:20G:/data`")
+    return {"name": name, "size": size, "mount": mount}
 
 
 def _cpus(value: Any) -> int:
@@ -85,6 +133,12 @@ def _init(value: Any) -> Any:
     return value
 
 
+def _reclaim(value: Any) -> Any:
+    if value not in list(Reclaim):
+        raise ValueError(f"{value!r} says not how memory is given back: write `off`, `gentle` or `eager`")
+    return value
+
+
 def _reads(schema: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema(schema)
 
@@ -105,6 +159,19 @@ class LifecycleTable(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     create: str = Field("", description="Run once, after the first boot; when it fails, creating the machine fails.")
     start: str = Field("", description="Run after every boot.")
+
+
+class DriveTable(BaseModel):
+    """[[drives]]: a disk beside the root disk."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: Annotated[str, BeforeValidator(_drive_name), _reads({"type": "string", "pattern": f"^{_DRIVE.pattern}$"})] = Field(
+        description="What the guest knows it by: /dev/disk/by-id/virtio-NAME."
+    )
+    size: Annotated[int, BeforeValidator(_disk), _reads(_size_schema)] = Field(description="Its size; only what is used takes space.")
+    mount: Annotated[str, BeforeValidator(_mount)] = Field(
+        "", description="Where its file system (ext4) is mounted at every boot; without one it is a blank device."
+    )
 
 
 class SpecFile(BaseModel):
@@ -137,6 +204,12 @@ class SpecFile(BaseModel):
         InitMode.AGENT, strict=False, description="First process: Ramet's agent, or the image's own init."
     )
     entrypoint: bool = Field(True, description="Run the image's entrypoint in the background after every boot.")
+    reclaim: Annotated[Reclaim, BeforeValidator(_reclaim)] = Field(
+        Reclaim.GENTLE, strict=False, description="How soon the host gets back memory that the guest has not used for a while."
+    )
+    drives: Annotated[list[Annotated[DriveTable, BeforeValidator(_drive)]], AfterValidator(_together)] = Field(
+        default_factory=list, description="Disks beside the root disk, each served by a thread of its own."
+    )
 
 
 def json_schema() -> str:
@@ -147,12 +220,19 @@ def json_schema() -> str:
 
 def line_of(text: str, path: tuple[str | int, ...]) -> int | None:
     """The 1-based line on which a key stands; None when it cannot be told (inline tables, arrays over lines)."""
-    keys = [str(p) for p in path if isinstance(p, str)]
+    keys = [str(p) for p in path]
     while keys:
         table: list[str] = []
+        tables: dict[str, int] = {}  # how many there were of each array of tables
         for number, line in enumerate(text.splitlines(), 1):
             stripped = line.strip()
-            if header := re.match(r"\[([^\[\]]+)\]", stripped):
+            if header := re.match(r"\[\[([^\[\]]+)\]\]", stripped):
+                name = header[1].strip().strip("\"'")
+                table = [name, str(tables.get(name, 0))]
+                tables[name] = tables.get(name, 0) + 1
+                if table == keys or [name] == keys:
+                    return number
+            elif header := re.match(r"\[([^\[\]]+)\]", stripped):
                 table = [part.strip().strip("\"'") for part in header[1].split(".")]
                 if table == keys:
                     return number
@@ -164,7 +244,8 @@ def line_of(text: str, path: tuple[str | int, ...]) -> int | None:
 
 
 def _fields_at(path: tuple[str | int, ...]) -> list[str]:
-    return list(LifecycleTable.model_fields if path[:1] == ("lifecycle",) and len(path) > 1 else SpecFile.model_fields)
+    tables: dict[str | int, type[BaseModel]] = {"lifecycle": LifecycleTable, "drives": DriveTable}
+    return list((tables.get(path[0], SpecFile) if len(path) > 1 else SpecFile).model_fields)
 
 
 _WANTED = {
@@ -186,6 +267,8 @@ def _explain(error: Any) -> str:
         return f"unknown key `{key}`: " + (f"did you mean `{close[0]}`?" if close else f"known are {', '.join(fields)}")
     if error["type"] == "value_error":
         return f"`{key}`: {error['ctx']['error']}"
+    if error["type"] == "missing":
+        return f"`{key}` is missing"
     wanted = _WANTED.get(error["type"])
     return f"`{key}`: {error['input']!r} is not {wanted}" if wanted else f"`{key}`: {error['msg']}"
 
@@ -203,15 +286,18 @@ def build(data: Mapping[str, Any], *, source: str, text: str = "", default_name:
     if not table.name:
         raise SpecError(f"{source}: `name` is missing: write {NAME_HELP}")
     return Spec(
-        **{key: getattr(table, key) for key in type(table).model_fields if key not in ("ports", "lifecycle")},
+        **{key: getattr(table, key) for key in type(table).model_fields if key not in ("ports", "lifecycle", "drives")},
         ports=tuple(table.ports),
+        drives=tuple(Drive(**each.model_dump()) for each in table.drives),
         lifecycle=Lifecycle(**table.lifecycle.model_dump()),
     )
 
 
 def check(wanted: Spec) -> Spec:
     """A Spec that came over the API, held to the same limits as one from a file. Raises SpecError that names the key."""
-    checks = {"name": _name, "cpus": _cpus, "memory": _memory, "disk": _disk, "env": _env, "workdir": _absolute}
+    checks: dict[str, Callable[[Any], Any]] = {
+        "name": _name, "cpus": _cpus, "memory": _memory, "disk": _disk, "env": _env, "workdir": _absolute, "reclaim": _reclaim, "drives": _drives,
+    }  # fmt: skip
     changes = {}
     for key, each in checks.items():
         try:

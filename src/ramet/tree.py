@@ -22,6 +22,7 @@ JOURNAL = (
 MAX_GROWTH = 1 << 40  # bytes up to which the guest can grow the file system online by plain descriptor blocks (508 KiB reserved a copy)
 LABEL = "ramet"
 DEADLINE = 3600.0
+ENVIRONMENT = {"MKE2FS_CONFIG": "/dev/null"}  # nothing from the host's configuration
 
 # `none` first: what the host's mke2fs.conf thinks is the default differs from release to release, and the guest's kernel must know them all.
 #   has_journal            machines are killed and snapshots taken at any moment
@@ -75,13 +76,18 @@ def disk_size(usage: Usage) -> int:
     return -(-max(data + tables, inodes) // GROUP) * GROUP
 
 
-def mke2fs(tree: Path, disk: Path) -> list[str]:
-    """The command line that fills a (new, sparse, empty) file with a file system. Nothing that is zero need be written: it is zero already."""
+def mke2fs(disk: Path, tree: Path | None = None, *, label: str = LABEL, journal: int = JOURNAL, growth: int = MAX_GROWTH) -> list[str]:
+    """The command line that fills a (new, sparse, empty) file with a file system. Nothing that is zero need be written: it is zero already.
+
+    tree: what is in it. journal, growth: bytes, of the journal, and up to which the guest can grow it; growth 0: what mke2fs thinks.
+    """
+    grown = f",resize={growth // BLOCK}" if growth else ""
     return [
-        *("mke2fs", "-q", "-F", "-d", str(tree), "-L", LABEL, "-b", str(BLOCK), "-I", str(INODE_SIZE), "-i", str(INODE_RATIO), "-m", "0"),
-        *("-J", f"size={JOURNAL >> 20}", "-O", _FEATURES, "-e", "remount-ro"),
+        *("mke2fs", "-q", "-F", *(("-d", str(tree)) if tree else ()), "-L", label),
+        *("-b", str(BLOCK), "-I", str(INODE_SIZE), "-i", str(INODE_RATIO), "-m", "0"),
+        *("-J", f"size={journal >> 20}", "-O", _FEATURES, "-e", "remount-ro"),
         # prezeroed marks the inode tables as zeroed too, so that no guest's kernel does it again in the background
-        *("-E", f"root_owner=0:0,assume_storage_prezeroed=1,lazy_itable_init=1,lazy_journal_init=1,nodiscard,resize={MAX_GROWTH // BLOCK}"),
+        *("-E", f"root_owner=0:0,assume_storage_prezeroed=1,lazy_itable_init=1,lazy_journal_init=1,nodiscard{grown}"),
         str(disk),
     ]
 
@@ -120,7 +126,7 @@ async def _fill(what: str, tree: Path, disk: Path, size: int, usage: Usage, prog
             if error.errno != errno.EFBIG:
                 raise
             raise HostError(f"the file system of {disk.parent} cannot hold a file of {size >> 20} MiB") from error
-    # /dev/null: nothing from the host's configuration. It is read as the namespace's root, to which the tree belongs.
-    work = userns.run(mke2fs(tree, disk), deadline=DEADLINE, env={"MKE2FS_CONFIG": "/dev/null"})
+    # It is read as the namespace's root, to which the tree belongs.
+    work = userns.run(mke2fs(disk, tree), deadline=DEADLINE, env=ENVIRONMENT)
     result = await watched(work, lambda: progress("writing the disk", min(1.0, allocated(disk) / max(usage.data, 1))))
     result.check(f"{what}: writing its disk")

@@ -19,6 +19,7 @@ PACKAGES = {
     "umoci": "umoci",
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",
+    "debugfs": "e2fsprogs",
     "unshare": "util-linux",
     "setpriv": "util-linux",
     "zstd": "zstd",

@@ -17,6 +17,7 @@ from ramet.model import (
     Port,
     Process,
     ProcessEvent,
+    Reclaim,
     Result,
     Snapshot,
     Spec,
@@ -52,6 +53,14 @@ class Verbs(Protocol):
         """Power off: the guest is asked, then made to. force: at once, as a power cut."""
         ...
 
+    async def update(self, name: str, *, memory: int | None = None, reclaim: Reclaim | None = None) -> Machine:
+        """Change what a machine may cost, at once where it runs, else from its next start on.
+
+        memory: bytes that it may use, at most what it was made with; 0: all of it. A guest that needs more keeps it: `memory_granted` says what it has.
+        reclaim: how hard it gives back what it does not use.
+        """
+        ...
+
     async def delete(self, name: str) -> None:
         """Remove a machine, its disk and its processes, whatever it is doing."""
         ...
@@ -71,8 +80,15 @@ class Verbs(Protocol):
         """Let a paused or hibernated machine go on, with the right time and fresh randomness."""
         ...
 
-    async def hibernate(self, name: str) -> Machine:
-        """Save a machine to the disk and give its memory back to the host. `resume` goes on from the same instant."""
+    async def hibernate(self, name: str, *, slim: bool = True) -> Machine:
+        """Save a machine to the disk and give its memory back to the host. `resume` goes on from the same instant.
+
+        slim: its caches and free memory are dropped before; without, its programs find their files in memory again.
+        """
+        ...
+
+    async def compact(self, name: str) -> int:
+        """Give back what a machine's disk holds and nobody needs; returns how many bytes the host's disk got back. The machine may go on meanwhile."""
         ...
 
     async def snapshot(self, name: str, label: str = "", *, memory: bool = True, test: bool = True) -> Snapshot:

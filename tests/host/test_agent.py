@@ -19,7 +19,7 @@ import pytest_asyncio
 from ramet import agentwire as wire
 from ramet import binaries, sockets
 from ramet.agentwire import EndKind, Frame, Kind, Op, OpenFlag, Tag
-from ramet.errors import HostError, MachineFailedError, OutcomeUnknownError
+from ramet.errors import GuestError, HostError, MachineFailedError, OutcomeUnknownError
 from ramet.guest import Guest, Identity, Stream
 from ramet.model import Command, Ending, Exit, Output, Process, Started
 from ramet.paths import cache_dir
@@ -442,6 +442,18 @@ async def test_hooks_of_a_system_that_has_none(agent: Path, tmp_path: Path) -> N
         pytest.skip(f"this system has {wire.HOOKS}, whose programs no test may run")
     async with connected(agent, tmp_path) as guest:
         await guest.run_hooks("01234567-89ab-4def-8123-456789abcdef", "child", DEADLINE)
+
+
+async def test_the_memory_of_another_system_is_left_alone(agent: Path, tmp_path: Path) -> None:
+    async with connected(agent, tmp_path) as guest:
+        calls: list[Awaitable[object]] = [guest.reclaim(4096), guest.tune({"min_age": 5, "enabled": 1}), guest.slim(DEADLINE)]
+        for call in calls:
+            with pytest.raises(GuestError, match="this system is not the agent's own"):
+                await call
+        metrics = await guest.metrics()
+        assert 0 < metrics["mem_reclaimable"] < metrics["mem_total"]
+        assert metrics["mem_refaulted"] >= 0
+        assert "damon_reclaimed" not in metrics
 
 
 async def test_an_agent_that_dies_while_quiet(agent: Path, tmp_path: Path) -> None:

@@ -177,11 +177,11 @@ async def sound(engine: Engine, *, unsettled: bool = False) -> dict[str, Machine
 async def _whole(engine: Engine, snapshot: Snapshot) -> list[str]:
     """What is wrong with a snapshot that nothing is done to any more."""
     if snapshot.state is not SnapshotState.READY:
-        return [f"snapshot {snapshot.name or snapshot.id} is {snapshot.state}: {snapshot.reason}"]
+        return [f"snapshot {snapshot.title} is {snapshot.state}: {snapshot.reason}"]
     wrong = []
-    for layer in filter(None, (snapshot.disk_layer, snapshot.memory_layer)):
+    for layer in snapshot.layers:
         if not engine._ops.store.get(layer).sealed:
-            wrong.append(f"layer {layer} of {snapshot.name or snapshot.id} is not sealed")
+            wrong.append(f"layer {layer} of {snapshot.title} is not sealed")
         wrong += await engine.verify_layer(layer)
     return wrong
 
@@ -198,10 +198,11 @@ async def _true(engine: Engine, entry: Entry, unsettled: bool) -> list[str]:
         wrong.append("it failed for no reason")
     there = sorted(path.name for path in files.root.iterdir()) if files.root.is_dir() else []
     found = disk.read(files)
-    if found and not (unsettled and disk.others(files, found) == [found.number + 1]):
+    numbers = {at: each.number for at, each in enumerate(found)}
+    if found and not (unsettled and all(disk.others(files, each) == [each.number + 1] for each in found)):
         overlays = {name for name in there if name.startswith("disk-")}
-        active = await capture.active_overlay(entry.vm) if live and entry.vm else found.number
-        if overlays != {f"disk-{found.number}.qcow2"} or active != found.number:
+        active = await capture.active_overlays(entry.vm) if live and entry.vm else numbers
+        if overlays != {files.overlay(each.number, each.name).name for each in found} or active != numbers:
             wrong.append(f"its disk is {found}, it has {overlays}, and writes to {active}")
     if left := {name for name in there if name.endswith(".new")} - {".exit.new"}:  # which the shim has ready
         wrong.append(f"left behind: {left}")
@@ -238,9 +239,9 @@ def _names(directory: Path) -> set[str]:
 def _needed(engine: Engine) -> tuple[set[str], set[str]]:
     """The layers and blobs that a snapshot or a machine stands on."""
     ops = engine._ops
-    keep = {layer for each in ops.snapshots.values() for layer in (each.disk_layer, each.memory_layer)}
+    keep = {layer for each in ops.snapshots.values() for layer in each.layers}
     for entry in ops.entries.values():
-        keep |= {entry.record.memory_layer, disks.layer_of(ops.state.machine(entry.record.id))}
+        keep |= {entry.record.memory_layer, *disks.layers_of(ops.state.machine(entry.record.id))}
     layers = {each.id: each for each in ops.store.layers()}
     needed = garbage.needed(layers, keep - {""})
     return needed, {blob.replace(":", "-") for name in needed & set(layers) for blob in layers[name].blobs}

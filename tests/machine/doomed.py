@@ -75,7 +75,7 @@ def watch(fate: Fate) -> None:
         fate.told(event)
         publish(self, event)
 
-    def written(files: MachineDir, state: disk.DiskState) -> None:
+    def written(files: MachineDir, state: disk.Disks) -> None:
         fate.reach("disk:write")
         write(files, state)
 
@@ -158,6 +158,7 @@ VERBS: dict[str, Callable[..., Awaitable[Any]]] = {
     "resume": Engine.resume,
     "restore": Engine.restore,
     "pause": Engine.pause,
+    "compact": Engine.compact,
     "delete_snapshot": Engine.delete_snapshot,
 }
 

@@ -17,7 +17,6 @@ from ramet.errors import HostError, NoSpaceError, RametError
 from ramet.model import State
 from ramet.paths import StateDir
 from ramet.store import disk
-from ramet.vm import memory
 from tests.fixtures import Artifacts, Box, States
 from tests.machine.aftermath import Trouble, busy, note, notes, settled, sound, swept, went_on
 
@@ -145,7 +144,6 @@ class Failing:
 def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
     made = Failing()
     monkeypatch.setattr(disk, "write_all", made.before(disk.write_all))
-    monkeypatch.setattr(memory, "_write", made.before(memory._write))
     monkeypatch.setattr(os, "fsync", made.before(os.fsync))
     monkeypatch.setattr(os, "link", made.before(os.link))
     return made

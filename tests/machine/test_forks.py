@@ -90,7 +90,9 @@ async def test_programs_go_on_after_hibernation(stem: Box) -> None:
     before = told(await check(child, HOLD))
     async with listening(stem.engine) as ear:
         asleep = await stem.engine.hibernate(child.name)
-        assert (asleep.state, asleep.pid, asleep.usage) == (State.HIBERNATED, None, None)
+        assert (asleep.state, asleep.pid) == (State.HIBERNATED, None)
+        assert asleep.usage
+        assert asleep.usage.memory == 0
         with pytest.raises(StateError, match="it is hibernated"):
             await stem.engine.run(child.name, UP)
         with pytest.raises(StateError, match="it is hibernated"):
@@ -332,7 +334,7 @@ async def test_what_nobody_stands_on_is_removed(engine: Engine, stem: Box, state
 
 def standing_on(state: StateDir, point: Snapshot) -> set[str]:
     """Every layer that a snapshot takes."""
-    return garbage.needed(garbage.Records(state.store), [point.disk_layer, point.memory_layer])
+    return garbage.needed(garbage.Records(state.store), point.layers)
 
 
 # --- names, and the wrong states ---

@@ -12,7 +12,10 @@ from ramet.lifecycle import Operation, begin
 from ramet.model import ForkOutcome, LayerInfo, Machine, NodeKind, Snapshot, SnapshotState, State, TreeNode, Usage
 
 MIB = 1 << 20
-USAGE = Usage(memory=90 * MIB, disk=12 * MIB, cpu=1.5, private=20 * MIB)
+USAGE = Usage(
+    memory=90 * MIB, private=20 * MIB, shared=70 * MIB, overhead=30 * MIB, returned=400 * MIB, reclaimable=5 * MIB, cpu=1.5,
+    disk=12 * MIB, disk_unique=14 * MIB, disk_shared=3 * MIB,
+)  # fmt: skip
 
 
 class Lineage:
@@ -59,8 +62,14 @@ class Lineage:
     async def pause(self, name: str) -> Machine:
         return self._become(name, Operation.PAUSE, State.PAUSED)
 
-    async def hibernate(self, name: str) -> Machine:
-        return self._become(name, Operation.HIBERNATE, State.HIBERNATED)
+    async def hibernate(self, name: str, *, slim: bool = True) -> Machine:
+        became = self._become(name, Operation.HIBERNATE, State.HIBERNATED)
+        self.seen[-1] += (slim,)
+        return became
+
+    async def compact(self, name: str) -> int:
+        self._become(name, Operation.COMPACT, None)
+        return 312 * MIB
 
     async def resume(self, name: str) -> Machine:
         paused = self._machine(name).state is State.PAUSED
@@ -86,10 +95,10 @@ class Lineage:
     def _made(self, origin: Snapshot, name: str, parent: str) -> Machine:
         machine = Machine(
             id=f"id-{name}", name=name, state=State.RUNNING, spec=dataclasses.replace(origin.spec, name=name), created_at=time.time(),
-            parent=parent, snapshot=origin.name or origin.id, boot_time=0.125,
+            parent=parent, snapshot=origin.title, boot_time=0.125,
         )  # fmt: skip
         self.machines[name] = machine
-        where = origin.name or origin.id
+        where = origin.title
         self.kept[where] = dataclasses.replace(self.kept[where], dependents=(*self.kept[where].dependents, name))
         return machine
 
@@ -97,7 +106,7 @@ class Lineage:
         number = len(self.kept) + 1
         kept = Snapshot(
             id=f"snap-{number}", name=name, machine=machine.name, state=SnapshotState.SAVING, created_at=time.time() - 300 + number,
-            memory=memory, spec=machine.spec, pause=0.012, stored=3 * MIB,
+            memory=memory, spec=machine.spec, pause=0.012, stored=3 * MIB, saved=40 * MIB, slimmed=60 * MIB,
         )  # fmt: skip
         self.kept[name or kept.id] = kept
         return kept
@@ -131,9 +140,9 @@ class Lineage:
 
     async def restore(self, name: str, snapshot: str = "") -> Machine:
         found = self._found(snapshot or self._machine(name).snapshot)
-        self.seen.append(("restore", name, found.name or found.id))
+        self.seen.append(("restore", name, found.title))
         self._become(name, Operation.RESTORE, State.RUNNING)
-        self.machines[name] = dataclasses.replace(self.machines[name], snapshot=found.name or found.id, boot_time=0.2)
+        self.machines[name] = dataclasses.replace(self.machines[name], snapshot=found.title, boot_time=0.2)
         return self.machines[name]
 
     async def create_from(self, snapshot: str, name: str, *, disk_only: bool = False) -> Machine:
@@ -147,7 +156,7 @@ class Lineage:
         found = self._found(snapshot)
         self.seen.append(("template", snapshot, label, pool))
         full = label if ":" in label else f"{label or found.machine}:latest"
-        del self.kept[found.name or found.id]
+        del self.kept[found.title]
         self.kept[full] = dataclasses.replace(found, name=full, template=True, pool=pool, state=SnapshotState.READY)
         return self.kept[full]
 
@@ -162,8 +171,8 @@ class Lineage:
         if not dry_run:
             for name in standing:
                 del self.machines[name]
-            del self.kept[found.name or found.id]
-        return [*standing, found.name or found.id]
+            del self.kept[found.title]
+        return [*standing, found.title]
 
     async def tree(self) -> builtins.list[TreeNode]:
         nodes = [TreeNode(id="image", parent="", kind=NodeKind.IMAGE, name="debian:bookworm")]
@@ -177,7 +186,15 @@ class Lineage:
                 )
             )  # fmt: skip
             nodes += [
-                TreeNode(id=key, parent=machine.id, kind=NodeKind.SNAPSHOT, name=each.name, state=each.state, stored=each.stored)
+                TreeNode(
+                    id=key,
+                    parent=machine.id,
+                    kind=NodeKind.SNAPSHOT,
+                    name=each.name,
+                    state=each.state,
+                    stored=each.stored,
+                    usage=Usage(disk_unique=each.stored) if each.name else None,
+                )
                 for key, each in self.kept.items()
                 if each.machine == machine.name
             ]

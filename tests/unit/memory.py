@@ -22,7 +22,7 @@ from typing import Any
 import uvicorn
 
 from ramet.client import Client
-from ramet.errors import ExistsError, GuestNotFoundError, NotFoundError
+from ramet.errors import ExistsError, GuestNotFoundError, NoCapacityError, NotFoundError
 from ramet.model import (
     Accelerator,
     Channel,
@@ -38,6 +38,7 @@ from ramet.model import (
     Port,
     Process,
     ProcessEvent,
+    Reclaim,
     Result,
     Size,
     Spec,
@@ -121,6 +122,17 @@ class Memory(Lineage):
     async def stop(self, name: str, *, force: bool = False) -> Machine:
         self.seen.append(("stop", name, force))
         return self._machine(name)
+
+    async def update(self, name: str, *, memory: int | None = None, reclaim: Reclaim | None = None) -> Machine:
+        self.seen.append(("update", name, memory, reclaim))
+        machine = self._machine(name)
+        limit = machine.memory_limit if memory is None else memory
+        if limit and limit > machine.spec.memory:
+            raise NoCapacityError("no capacity", details={"retry_after": 30})
+        spec = dataclasses.replace(machine.spec, reclaim=reclaim or machine.spec.reclaim)
+        has = max(limit or spec.memory, 128 << 20)  # a guest that needs so much
+        self.machines[name] = dataclasses.replace(machine, spec=spec, memory_limit=limit, memory_granted=has)
+        return self.machines[name]
 
     async def delete(self, name: str) -> None:
         del self.machines[self._machine(name).name]

@@ -18,6 +18,7 @@ from ramet.cli import app, text
 from ramet.cli.base import find_spec
 from ramet.cli.files import split
 from ramet.cli.group import Verbatim
+from ramet.model import Drive
 from ramet.units import format_size
 from tests.unit.memory import ARGV, Memory, beside, environment, program
 
@@ -102,12 +103,16 @@ def test_no_daemon_that_answers(tmp_path: Path) -> None:
 def test_create_and_delete(cli: Run, verbs: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERE", "2")
     options = "--image debian:trixie --cpus 2 --memory 1G --disk 4G -e A=1 -e HERE -e NOT_HERE -p 8000:80 -p 90 -u me -w /w"
+    options += " --drive data:2G:/data --drive raw:64M"
     status, out, _ = cli("create", "new", *options.split())
     assert status == 0
     assert "new is made and runs" in out
     spec = verbs.machines["new"].spec
     assert (spec.image, spec.cpus, spec.memory, spec.disk, spec.env) == ("debian:trixie", 2, 1 << 30, 4 << 30, {"A": "1", "HERE": "2"})
     assert ([(p.host, p.guest) for p in spec.ports], spec.user, spec.workdir) == ([(8000, 80), (0, 90)], "me", "/w")
+    assert spec.drives == (Drive(name="data", size=2 << 30, mount="/data"), Drive(name="raw", size=64 << 20))
+    assert "drive data   2 GiB at /data\ndrive raw    64 MiB\n" in cli("show", "new")[1]
+    assert cli("create", "other", "--drive", "data")[0] == 5
     assert cli("delete", "new", "nobody")[0] == 3
     assert "new" in verbs.machines  # a slip of the keyboard deletes nothing
     assert cli("delete", "--dry-run", "new")[0] == 0

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.unit.memory import ARGV, Memory, beside, environment, program
 from tests.unit.test_shell import Terminal
 
 Run = Callable[..., "CompletedProcess[bytes]"]
+MIB = 1 << 20
 GOOD, TORN = "00000000000000aa", "00000000000000bb"
 
 
@@ -96,12 +98,18 @@ def test_forks_that_cannot_be(cli: Run, verbs: Memory) -> None:
 def test_pause_hibernate_resume(cli: Run, verbs: Memory) -> None:
     assert cli("pause", "m") == (0, "m is paused; `ramet resume m` lets it go on.\n", "")
     assert cli("list")[1].splitlines()[1].split()[:2] == ["m", "paused"]
-    assert cli("hibernate", "m") == (0, "m is hibernated; `ramet resume m` lets it go on.\n", "")
+    status, out, err = cli("hibernate", "m")
+    kept = "3 MiB on disk (60 MiB of 100 MiB were caches and free memory)"
+    assert (status, err) == (0, "")
+    assert re.fullmatch(rf"m is hibernated: {re.escape(kept)}, \d+\.\d s; `ramet resume m` lets it go on\.\n", out)
     assert cli("down", "m") == (0, "m is hibernated; `ramet up` or `ramet resume m` starts it again.\n", "")
     assert cli("pause", "m")[0] == 4
     assert cli("resume", "m") == (0, "m runs again.\n", "")
     for verb, state in (("pause", "paused"), ("hibernate", "hibernated"), ("resume", "running")):
         assert json.loads(cli(verb, "m", "--json")[1])["state"] == state
+    verbs.kept["m@warm"] = dataclasses.replace(verbs.kept["m@warm"], slimmed=0)
+    assert cli("hibernate", "m", "--no-slim")[1].startswith("m is hibernated: 3 MiB on disk, ")
+    assert [call[2] for call in verbs.seen if call[0] == "hibernate"] == [True, True, False]
 
 
 @pytest.mark.parametrize("state", [State.PAUSED, State.HIBERNATED])
@@ -210,7 +218,24 @@ def test_list_and_show_tell_the_origin(cli: Run, verbs: Memory) -> None:
     out = cli("show", "m-1")[1]
     assert "parent    m\nsnapshot  m@warm\n" in out
     assert "ready in  0.12 s" in out
-    assert "90 MiB of the host's in use (20 MiB shared with nobody)" in cli("show", "m")[1]
+
+
+def test_show_tells_the_costs(cli: Run, verbs: Memory) -> None:
+    block = """\
+memory         512 MiB
+  in use       90 MiB: 20 MiB unique, 70 MiB its part of what is shared
+  overhead     30 MiB of that, QEMU itself
+  reclaimable  5 MiB, which its guest could give back
+  returned     400 MiB, which the host does not hold
+disk           8 GiB
+  in use       17 MiB: 14 MiB unique, 3 MiB its part of what is shared
+  written      12 MiB of that, since it was last saved
+"""
+    assert block in cli("show", "m")[1]
+    asleep = Usage(disk_unique=60 * MIB)
+    verbs.machines["m"] = dataclasses.replace(verbs.machines["m"], state=State.HIBERNATED, usage=asleep)
+    out = cli("show", "m")[1]
+    assert "memory    512 MiB\n  in use  0 B\ndisk      8 GiB\n  in use  60 MiB\n" in out
 
 
 # the tree
@@ -218,20 +243,20 @@ def test_list_and_show_tell_the_origin(cli: Run, verbs: Memory) -> None:
 
 def test_tree(cli: Run) -> None:
     assert cli("tree")[1] == (
-        "NAME                  STATE    PRIVATE  MEMORY   DISK    STORED\n"
+        "NAME                  STATE    OWN MEM  MEMORY   OWN DISK  DISK\n"
         "debian:bookworm\n"
-        "├─ m                  running  20 MiB   90 MiB   12 MiB\n"
-        "│  ├─ m@warm          ready                              3 MiB\n"
-        "│  │  └─ m-1          running  20 MiB   90 MiB   12 MiB\n"
-        "│  ├─ acme/shop@4f2a  ready                              3 MiB\n"
-        "│  ├─ m@bad           broken                             3 MiB\n"
-        "│  └─ snap-4          ready                              3 MiB\n"
+        "├─ m                  running  20 MiB   90 MiB   14 MiB    17 MiB\n"
+        "│  ├─ m@warm          ready                      3 MiB     3 MiB\n"
+        "│  │  └─ m-1          running  20 MiB   90 MiB   14 MiB    17 MiB\n"
+        "│  ├─ acme/shop@4f2a  ready                      3 MiB     3 MiB\n"
+        "│  ├─ m@bad           broken                     3 MiB     3 MiB\n"
+        "│  └─ snap-4          ready\n"
         "├─ bad                failed\n"
         "├─ idle               stopped\n"
         "└─ old (deleted)\n"
-        "   └─ old@s           saving                             3 MiB\n"
-        "      └─ child        running  20 MiB   90 MiB   12 MiB\n"
-        "together                       60 MiB   270 MiB  36 MiB  15 MiB\n"
+        "   └─ old@s           saving                     3 MiB     3 MiB\n"
+        "      └─ child        running  20 MiB   90 MiB   14 MiB    17 MiB\n"
+        "together                       60 MiB   270 MiB  54 MiB    63 MiB\n"
     )
     assert {"id": "image", "parent": "", "kind": "image", "name": "debian:bookworm"}.items() <= json.loads(cli("tree", "--json")[1])[
         0
@@ -252,7 +277,7 @@ def test_the_deleted_are_dimmed(url: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_deep_tree_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    usage = Usage(memory=1000 << 20, disk=1000 << 20, cpu=1.0, private=1000 << 20)
+    usage = Usage(memory=999 << 20, private=999 << 20, disk_unique=999 << 20, disk_shared=1 << 19)
     nodes = [
         TreeNode(id=str(n), parent=str(n - 1), kind=NodeKind.MACHINE, name=f"machine-{n}", state="hibernated", usage=usage)
         for n in range(3000)
@@ -267,7 +292,7 @@ def test_members_whose_parent_is_not_there_are_roots() -> None:
     lines = draw(
         [TreeNode(id="a", parent="gone", kind=NodeKind.SNAPSHOT, name="x@1"), TreeNode(id="b", parent="a", kind=NodeKind.MACHINE, name="y")]
     )
-    assert [line.split()[:2] for line in lines[1:]] == [["x@1", "0"], ["└─", "y"]]
+    assert [line.split()[:2] for line in lines[1:]] == [["x@1"], ["└─", "y"]]
 
 
 # delete

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import alembic.autogenerate
+import alembic.command
+import alembic.config
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
@@ -17,9 +19,16 @@ from alembic.migration import MigrationContext
 from ramet import db
 from ramet.db import Database, Record
 from ramet.errors import ExistsError, HostError, NoSpaceError
-from ramet.model import Accelerator, InitMode, Lifecycle, Port, Spec, State
+from ramet.model import Accelerator, Drive, InitMode, Lifecycle, Port, Snapshot, SnapshotState, Spec, State
 
-SPEC = Spec(name="web", env={"A": "ü"}, ports=(Port(guest=80, host=8000),), lifecycle=Lifecycle(create="x"), init=InitMode.IMAGE)
+SPEC = Spec(
+    name="web",
+    env={"A": "ü"},
+    ports=(Port(guest=80, host=8000),),
+    lifecycle=Lifecycle(create="x"),
+    init=InitMode.IMAGE,
+    drives=(Drive(name="data", size=1 << 30, mount="/data"), Drive(name="raw", size=1 << 26)),
+)
 FULL = Record(
     id="1",
     name="web",
@@ -60,6 +69,44 @@ async def test_changes_and_removals(database: Database) -> None:
     await database.delete("3")
     await database.delete("nobody")
     assert await database.machines() == [record(1), changed]
+
+
+def snapshot(number: int, *drive_layers: str) -> Snapshot:
+    return Snapshot(
+        id=str(number),
+        name=f"web@{number}",
+        machine="web",
+        state=SnapshotState.READY,
+        created_at=float(number),
+        memory=False,
+        spec=SPEC,
+        disk_layer="d",
+        drive_layers=drive_layers,
+    )
+
+
+async def test_the_layers_of_drives_come_back(database: Database) -> None:
+    kept = [snapshot(1), snapshot(2, "a", "b")]
+    for each in kept:
+        await database.add_snapshot(each, None)
+    changed = dataclasses.replace(kept[1], drive_layers=("c", "b"))
+    await database.update_snapshot(changed)
+    assert await database.snapshots() == [kept[0], changed]
+    assert changed.disk_layers == changed.layers == ("d", "c", "b")
+    assert dataclasses.replace(changed, disk_layer="", memory_layer="m").layers == ("c", "b", "m")
+
+
+async def test_a_snapshot_from_before_there_were_drives(tmp_path: Path) -> None:
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(db.__file__).parent / "migrations"))
+    config.set_main_option("sqlalchemy.url", f"sqlite:///{tmp_path / 'ramet.db'}")
+    await asyncio.to_thread(alembic.command.upgrade, config, "0004")
+    values = {name: value for name, value in db._to_row(db.SNAPSHOTS, snapshot(1)).items() if name != "drive_layers"}
+    with sqlite3.connect(tmp_path / "ramet.db") as old:
+        old.execute(f"INSERT INTO snapshots ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", list(values.values()))
+    old.close()
+    async with Database.open(tmp_path / "ramet.db") as database:
+        assert await database.snapshots() == [snapshot(1)]
 
 
 async def test_a_name_is_taken_once(database: Database) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from ramet import agentwire as wire
-from ramet.agentwire import WINDOW, EndKind, Kind, Op, ProtocolError
+from ramet.agentwire import WINDOW, EndKind, Kind, Op, OpenFlag, ProtocolError, Tag
 from ramet.errors import GuestError, GuestNotFoundError, MachineFailedError, OutcomeUnknownError
 from ramet.guest import Guest
 from ramet.model import Channel, Command, Ending, Exit, Output, Started
@@ -111,6 +112,76 @@ async def test_a_refusal(connected: Pair, code: int, kind: type[GuestError], nam
     with pytest.raises(kind, match="exec true: \ufffd") as caught:
         await collect(stream)
     assert caught.value.details == {"errno": name}
+
+
+# --- memory ---
+
+
+async def answer(agent: FakeAgent, said: bytes, status: int = 0, complaint: bytes = b"") -> list[bytes]:
+    """Play a builtin that says something and ends; returns its argv."""
+    frame = await agent.expect(Kind.OPEN)
+    op, flags = struct.unpack_from("<HH", frame.payload)
+    assert (op, flags) == (Op.EXEC, OpenFlag.BUILTIN)
+    argv, at = [], 4
+    while at < len(frame.payload):
+        tag, _, length = struct.unpack_from("<HHI", frame.payload, at)
+        assert tag == Tag.ARG
+        argv.append(frame.payload[at + 8 : at + 8 + length])
+        at += 8 + length
+    agent.started(frame.stream)
+    for channel, text in ((1, said), (2, complaint)):
+        if text:
+            agent.send(Kind.DATA, frame.stream, text, channel)
+    agent.end(frame.stream, EndKind.EXITED, status)
+    return argv
+
+
+async def test_memory_is_asked_for(connected: Pair) -> None:
+    guest, agent = connected
+    asked = asyncio.ensure_future(guest.reclaim(4096))
+    assert await answer(agent, b"reclaimed 8192\n") == [b"reclaim", b"4096"]
+    assert await asked == 8192
+    for text, known in ((b"tuned 1\n", True), (b"tuned 0\n", False)):
+        tuned = asyncio.ensure_future(guest.tune({"min_age": 5, "enabled": 1}))
+        assert await answer(agent, text) == [b"tune", b"min_age=5", b"enabled=1"]
+        assert await tuned is known
+    slimmed = asyncio.ensure_future(guest.slim(DEADLINE))
+    assert await answer(agent, b"trimmed 5\nfreed 7\n") == [b"slim"]
+    assert await slimmed == {"trimmed": 5, "freed": 7}
+    assert guest.under_way == 0
+
+
+async def test_an_agent_of_an_older_snapshot_gives_nothing(connected: Pair) -> None:
+    guest, agent = connected
+    for call, nothing in (
+        (guest.reclaim(4096), 0),
+        (guest.tune({"enabled": 0}), False),
+        (guest.slim(DEADLINE), {"trimmed": 0, "freed": 0}),
+    ):
+        asked = asyncio.ensure_future(call)  # type: ignore[arg-type]
+        agent.end(await agent.expect_open(Op.EXEC), EndKind.FAILED, errno.EPROTO, b"no such builtin")
+        assert await asked == nothing
+
+
+async def test_a_guest_that_cannot_give_memory_back(connected: Pair) -> None:
+    guest, agent = connected
+    asked = asyncio.ensure_future(guest.reclaim(4096))
+    await answer(agent, b"", 1, b"2 No such file or directory: fs/cgroup/memory.reclaim\n")
+    with pytest.raises(GuestError, match="`reclaim` failed: 2 No such file"):
+        await asked
+    asked = asyncio.ensure_future(guest.reclaim(4096))
+    await answer(agent, b"reclaimed much\n")
+    with pytest.raises(ProtocolError, match="not a number"):
+        await asked
+
+
+async def test_a_guest_that_does_not_finish(connected: Pair) -> None:
+    guest, agent = connected
+    asked = asyncio.ensure_future(guest.reclaim(4096, 0.05))
+    agent.started(await agent.expect_open(Op.EXEC))
+    with pytest.raises(OutcomeUnknownError, match="did not finish `reclaim`"):
+        await asked
+    await agent.expect(Kind.CLOSE)
 
 
 async def test_streams_are_told_apart_and_ended_ones_forgotten(connected: Pair) -> None:

@@ -25,6 +25,8 @@ ALLOWED = {
     Operation.RESTORE: LIVE | REST | {State.HIBERNATED},
     Operation.PARK: {State.CREATING},
     Operation.CLAIM: {State.PAUSED},
+    Operation.UPDATE: LIVE | REST | {State.HIBERNATED},
+    Operation.COMPACT: LIVE | {State.STOPPED},
 }
 
 

@@ -92,14 +92,3 @@ async def test_killing_what_is_not_there(files: MachineDir) -> None:
     await vm.kill(files)
     files.lock.touch()
     await vm.kill(files)
-
-
-def test_usage_of_this_process_and_of_none(files: MachineDir) -> None:
-    files.overlay(3).write_bytes(b"x" * 8192)
-    here = vm.measure(os.getpid(), files)
-    assert here.memory > 1 << 20
-    assert 0 < here.private <= here.memory
-    assert here.cpu > 0
-    assert here.disk >= 8192
-    nowhere = vm.measure(4_000_000, MachineDir(root=files.root / "none"))
-    assert (nowhere.memory, nowhere.cpu, nowhere.disk) == (0, 0, 0)

@@ -14,7 +14,7 @@ import ramet
 from ramet import aio, filesystem, sdk, streams
 from ramet.aio import AsyncMachine
 from ramet.errors import GuestError, GuestNotFoundError, NotFoundError, OutcomeUnknownError, SpecError
-from ramet.model import Channel, Ending, Exit, Output, ProcessEvent, Started, State
+from ramet.model import Channel, Drive, Ending, Exit, Output, ProcessEvent, Started, State
 from ramet.sdk import Machine
 from tests.unit.memory import TOKEN, Memory, beside
 
@@ -26,12 +26,13 @@ def verbs() -> Memory:
 
 @pytest.fixture
 async def machine(verbs: Memory) -> AsyncMachine:
-    return await AsyncMachine.create("m", memory="1G", ports=["8000:80"], verbs=verbs)
+    return await AsyncMachine.create("m", memory="1G", ports=["8000:80"], drives=["data:2G:/data"], verbs=verbs)
 
 
 async def test_machines(verbs: Memory, machine: AsyncMachine) -> None:
     assert (machine.name, machine.state, machine.record.spec.memory) == ("m", State.RUNNING, 1 << 30)
     assert machine.record.spec.ports[0].host == 8000
+    assert machine.record.spec.drives == (Drive(name="data", size=2 << 30, mount="/data"),)
     assert [each.name for each in await AsyncMachine.list(verbs=verbs)] == ["m"]
     with pytest.raises(NotFoundError):
         await AsyncMachine.get("nobody", verbs=verbs)

@@ -62,6 +62,8 @@ async def test_a_machine_s_life(client: Client, verbs: Memory) -> None:
         await client.pause("m")
     assert (await client.resume("m")).state is State.RUNNING
     assert [call[0] for call in verbs.seen] == ["pause", "unpause", "hibernate", "resume"]
+    await client.hibernate("m", slim=False)
+    assert [call[2] for call in verbs.seen if call[0] == "hibernate"] == [True, False]
 
 
 async def test_fork(client: Client, verbs: Memory) -> None:

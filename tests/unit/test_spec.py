@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ramet import spec
 from ramet.errors import SpecError
-from ramet.model import InitMode, Lifecycle, Port, Spec
+from ramet.model import Drive, InitMode, Lifecycle, Port, Reclaim, Spec
 from ramet.units import format_size, parse_size
 
 FULL = """
@@ -28,10 +28,20 @@ user = "app:staff"
 ports = [8080, "8000:80"]
 init = "image"
 entrypoint = false
+reclaim = "eager"
 
 [lifecycle]
 create = "make setup"
 start = "make serve &"
+
+[[drives]]
+name = "data"
+size = "20GiB"
+mount = "/data"
+
+[[drives]]
+name = "scratch-2"
+size = "1500MB"
 """
 
 
@@ -62,6 +72,8 @@ def test_everything(tmp_path: Path) -> None:
         lifecycle=Lifecycle(create="make setup", start="make serve &"),
         init=InitMode.IMAGE,
         entrypoint=False,
+        reclaim=Reclaim.EAGER,
+        drives=(Drive(name="data", size=20 << 30, mount="/data"), Drive(name="scratch-2", size=1430 << 20)),
     )
 
 
@@ -116,9 +128,26 @@ def test_nothing(tmp_path: Path) -> None:
         ("ports = [0]", 1, ["`ports.0`", "0 is not a port"]),
         ("ports = [true]", 1, ["`ports.0`", "True is not a port"]),
         ("init = 'systemd'", 1, ["`init`", "'systemd' is not an init", "`agent`", "`image`"]),
+        ("reclaim = 'hard'", 1, ["`reclaim`", "'hard'", "`off`, `gentle` or `eager`"]),
         ("entrypoint = 'no'", 1, ["`entrypoint`", "'no' is not true or false"]),
         ("lifecycle = 'make'", 1, ["`lifecycle`", "'make' is not a table"]),
         ("[lifecycle]\ncreate = ['make']", 2, ["`lifecycle.create`", "is not a string"]),
+        ("[[drives]]\nname = 'a'\nsize = '1G'\n[[drives]]\nname = 'b'\nsize = 'x'", 6, ["`drives.1.size`", "'x' is not a size"]),
+        ("[lifecycle]\nstart = ''\n[[drives]]\nname = 'a'", 3, ["`drives.0.size` is missing"]),
+        ("[[drives]]\nname = 'a'\nsize = '1G'\nmout = '/a'", 4, ["unknown key `drives.0.mout`", "did you mean `mount`?"]),
+        ("[[drives]]\nname = 'A'\nsize = '1G'", 2, ["`drives.0.name`", "'A' is not a name of a drive", "1 to 20 of a-z"]),
+        (f"[[drives]]\nname = '{'a' * 21}'\nsize = '1G'", 2, ["`drives.0.name`", "1 to 20"]),
+        ("[[drives]]\nname = 'a'\nsize = '1M'", 3, ["`drives.0.size`", "1 MiB of disk is impossible"]),
+        ("[[drives]]\nname = 'a'\nsize = '1G'\nmount = 'data'", 4, ["`drives.0.mount`", "absolute path", "`/data`"]),
+        ("[[drives]]\nname = 'a'\nsize = '1G'\nmount = '/'", 4, ["`drives.0.mount`", "'/' is not a place"]),
+        ("[[drives]]\nname = 'a'\nsize = '1G'\nmount = '/a/../proc'", 4, ["`drives.0.mount`", "is not a place"]),
+        ("[[drives]]\nname = 'a'\nsize = '1G'\nmount = '/a ramet.init=/x'", 4, ["`drives.0.mount`", "is not a place"]),
+        ("[[drives]]\nname = 'a'\nsize = '1G'\nmount = '/proc/x'", 4, ["`drives.0.mount`", "belongs to the guest's system"]),
+        ("drives = ['a:1G:/x', 'b:1G:/x']", 1, ["`drives`", "two drives have the mount '/x'"]),
+        ("drives = ['a:1G', 'a:2G']", 1, ["`drives`", "two drives have the name 'a'"]),
+        ("drives = ['a']", 1, ["`drives.0`", "NAME:SIZE", "`data:20G:/data`"]),
+        (f"drives = {[f'd{n}:1G' for n in range(9)]}", 1, ["`drives`", "at most 8 drives"]),
+        ("drives = 'a:1G'", 1, ["`drives`", "is not a list"]),
     ],
 )
 def test_refusals_name_file_line_key_and_what_is_right(tmp_path: Path, text: str, line: int, wanted: list[str]) -> None:
@@ -236,6 +265,10 @@ def test_no_table_gives_anything_but_a_spec_or_a_refusal(data: dict[str, object]
         ({"image": ""}, "`image`"),
         ({"ports": (Port(guest=0),)}, "`ports`"),
         ({"ports": (Port(guest=80), Port(guest=80, host=8000))}, "twice"),
+        ({"drives": (Drive(name="a b", size=1 << 30),)}, "`drives`.*name of a drive"),
+        ({"drives": (Drive(name="a", size=1),)}, "`drives`.*impossible"),
+        ({"drives": (Drive(name="a", size=1 << 30, mount="/a ramet.init=/x"),)}, "`drives`.*mount"),
+        ({"drives": (Drive(name="a", size=1 << 30), Drive(name="a", size=1 << 30))}, "`drives`.*the name 'a'"),
     ],
 )
 def test_a_spec_over_the_api_is_held_to_the_same_limits(change: dict[str, Any], says: str) -> None:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from ramet.bench import boot, density, execute, figures, fork, hibernate, imagefs
+from ramet.bench import boot, density, disk, execute, figures, fork, giveback, hibernate, idle, imagefs
 from ramet.bench.figures import Report
 from ramet.errors import RametError
 
 __all__ = ["BENCHES", "COULD_NOT_RUN", "main"]
 
 COULD_NOT_RUN = 2
+INTERRUPTED = 130  # 128 and SIGINT, as shells say it
 BENCHES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, Report]]] = {
     "boot": boot.run,
     "exec": execute.run,
     "fork": fork.run,
     "hibernate": hibernate.run,
     "density": density.run,
+    "disk": disk.run,
+    "giveback": giveback.run,
+    "idle": idle.run,
     "imagefs": imagefs.run,
 }
 
@@ -46,6 +51,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     density.options(
         benches.add_parser("density", parents=[common], help="the memory of forks, against that of machines booted each on its own")
     )
+    giveback.options(
+        benches.add_parser(
+            "giveback", parents=[common], help="memory and disk that guests no longer need, back on the host; with a picture"
+        )
+    )
+    idle.options(benches.add_parser("idle", parents=[common], help="what a machine costs that does nothing"))
+    disk.options(benches.add_parser("disk", parents=[common], help="fio in a machine, against fio on the host's file system"))
     imagefs.options(
         benches.add_parser("imagefs", parents=[plain], help="a memory read through the image file system, against a copy from tmpfs")
     )
@@ -55,8 +67,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Run a bench; returns the exit status."""
     arguments = _arguments(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))  # which asyncio.run takes for "clean up"
     try:
         report = asyncio.run(BENCHES[arguments.bench](arguments))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (RametError, OSError) as error:
         hint = getattr(error, "hint", "")
         sys.stderr.write(f"error: could not measure: {getattr(error, 'message', error)}\n" + (f"hint: {hint}\n" if hint else ""))

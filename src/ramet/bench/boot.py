@@ -67,7 +67,7 @@ async def floor(found: Bed, disk: argv.Disk) -> float:
     try:
         with sockets.listen(files.qmp) as monitor, sockets.listen(files.agent) as agent:
             boot = dataclasses.replace(found.boot, initrd=initrd)
-            config = bringup.config(bed.spec(_NAME, ""), boot, network.USER, disk=disk)
+            config = bringup.config(bed.spec(_NAME, ""), boot, network.USER, disks=(disk,))
             config = dataclasses.replace(config, qmp_fd=monitor.fileno(), agent_fd=agent.fileno())
             words = argv.build(config)
             began = time.monotonic()

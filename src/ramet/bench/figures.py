@@ -55,6 +55,11 @@ def limit(figure: str, value: float, unit: str, at_most: float) -> Figure:
     return Figure(figure=figure, value=value, unit=unit, goal=f"<= {at_most:g}", holds=value <= at_most)
 
 
+def at_least(figure: str, value: float, unit: str, least: float) -> Figure:
+    """A figure with a lower goal."""
+    return Figure(figure=figure, value=value, unit=unit, goal=f">= {least:g}", holds=value >= least)
+
+
 def distribution(figure: str, samples: Sequence[float], unit: str, at_most: float | None = None, *, applies: bool = True) -> Figure:
     """The median of many samples. applies: False where the goal is for other conditions: then it may hold, and cannot fail."""
     middle = statistics.median(samples)

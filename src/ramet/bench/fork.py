@@ -92,11 +92,11 @@ async def sample(found: Bed, parent: str, name: str) -> Sample:
 async def by_hand(found: Bed, saved: Snapshot) -> dict[str, float]:
     """Seconds of what is done for a child, without the engine and its records."""
     files = found.state.machine("by-hand")
-    files.root.mkdir(mode=0o700)
     who = Identity(hostname="by-hand", machine_id=os.urandom(16).hex(), generation=str(uuid.uuid4()))
     try:
-        where = disks.argument(found.state, files, await disks.make(files, saved.disk_layer, saved.spec.disk), saved.image_digest)
-        config = bringup.config(saved.spec, found.boot, network.USER, disk=where, memory_file=found.state.store.served(saved.memory_layer))
+        made = await disks.make(found.state, files, saved.spec, saved.disk_layers)
+        where = disks.arguments(found.state, files, made, saved.image_digest, found.boot.disk_io)
+        config = bringup.config(saved.spec, found.boot, network.USER, disks=where, memory_file=found.state.store.served(saved.memory_layer))
         began = time.perf_counter()
         times = {}
         machine = await Vm.launch(files, config, found.boot.binaries.shim)

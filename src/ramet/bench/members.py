@@ -18,6 +18,7 @@ from ramet.errors import GuestError, HostError
 from ramet.model import Command, Machine, Snapshot, SnapshotState, State
 from ramet.paths import StateDir
 from ramet.store import mounting
+from ramet.vm import memory as vm_memory
 
 MB = 1_000_000
 TRUE = Command(argv=("true",))
@@ -255,23 +256,6 @@ KINDS = (OWN, SHARED, CACHE, HEAP, PROGRAM)
 
 
 def memory(pid: int, size: int, served: Path) -> Counter[str]:
-    """Bytes of PSS of a QEMU, by what they are for. size: the guest's memory; served: where files of memory layers are.
-
-    What the guest wrote is anonymous, in a private mapping of a layer's file as in plain memory: smaps tells it apart for each mapping. The
-    translation cache is the mapping that may be written and executed.
-    """
-    found: Counter[str] = Counter()
-    kind, ram = HEAP, False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        name, *words = line.split()
-        if not name.endswith(":"):  # the head of a mapping: range, permissions, offset, device, inode, path
-            begin, _, end = name.partition("-")
-            path = words[4] if len(words) > 4 else ""
-            ram = path.startswith(f"{served}/") or (not path and int(end, 16) - int(begin, 16) >= size)
-            kind = CACHE if "wx" in words[0] else PROGRAM if path.startswith("/") else HEAP
-        elif name == "Pss:":
-            found[SHARED if ram else kind] += int(words[0]) << 10
-        elif name == "Anonymous:" and ram:
-            found[OWN] += int(words[0]) << 10
-            found[SHARED] -= int(words[0]) << 10
-    return found
+    """Bytes of PSS of a QEMU, by what they are for. size: the guest's memory; served: where files of memory layers are."""
+    held = vm_memory.held(pid, size, served)
+    return Counter(dict(zip(KINDS, (held.own, held.common, held.cache, held.heap, held.program), strict=True)))

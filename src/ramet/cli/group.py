@@ -9,8 +9,8 @@ from typer.core import TyperCommand, TyperGroup
 
 # As `ramet --help` lists them: what one does first comes first.
 ORDER = (
-    *("tour", "setup", "up", "down", "shell", "run", "cp", "list", "show", "info", "logs", "create", "start", "stop", "delete"),
-    *("fork", "pause", "resume", "hibernate", "snapshot", "snapshots", "restore", "template", "tree", "layer"),
+    *("tour", "setup", "up", "down", "shell", "run", "cp", "list", "show", "info", "logs", "create", "start", "stop", "update", "delete"),
+    *("fork", "pause", "resume", "hibernate", "snapshot", "snapshots", "restore", "template", "tree", "layer", "compact"),
     *("ps", "attach", "kill", "files", "forward", "metrics", "events", "bench", "daemon"),
 )
 

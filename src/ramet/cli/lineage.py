@@ -11,13 +11,13 @@ import typer
 from ramet.cli import text
 from ramet.cli.base import SNAPSHOT_MARKS, Json, app, client, member_names, perform
 from ramet.errors import DependentsError, NotFoundError
-from ramet.model import Machine, NodeKind, Snapshot, TreeNode
+from ramet.model import Machine, NodeKind, Snapshot, TreeNode, Usage
 from ramet.units import format_size
 
 if TYPE_CHECKING:
     from ramet.client import Client
 
-_HEADS = ("NAME", "STATE", "PRIVATE", "MEMORY", "DISK", "STORED")
+_HEADS = ("NAME", "STATE", "OWN MEM", "MEMORY", "OWN DISK", "DISK")
 _REST = 56  # characters of the other columns at their widest
 _BRANCHES = 12  # characters of branches that a name always has room for beside it; the rest of a deep tree's are cut at the left
 
@@ -26,8 +26,9 @@ _BRANCHES = 12  # characters of branches that a name always has room for beside 
 def tree(json: Json = False) -> None:
     """Draw who descends from whom, and what each member costs.
 
-    PRIVATE is memory that it shares with nobody; MEMORY counts with it its part of what siblings share. DISK is what a machine wrote since
-    its last snapshot, STORED what a snapshot added to the store.
+    MEMORY and DISK count with what is its own its part of what several share, so that they add up to what is really used; OWN is what
+    it shares with nobody. A snapshot without a name is there for the machines that came from it: they have its part. Machines that wait in a pool count
+    as their template's.
 
     Example: ramet tree
     """
@@ -81,21 +82,20 @@ def _name(node: TreeNode) -> str:
 
 
 def _row(branch: str, node: TreeNode) -> tuple[str, ...]:
-    usage = node.usage
-    return (
-        branch + _name(node),
-        node.state,
-        format_size(usage.private) if usage else "",
-        format_size(usage.memory) if usage else "",
-        format_size(usage.disk) if usage else "",
-        format_size(node.stored) if node.stored or node.kind is NodeKind.SNAPSHOT else "",
-    )
+    costs = [format_size(cost) for cost in _costs(node.usage)] if node.usage else [""] * 4
+    if node.usage and node.kind is NodeKind.SNAPSHOT and not node.usage.memory:
+        costs[:2] = ["", ""]  # nothing waits in a pool of it
+    return branch + _name(node), node.state, *costs
+
+
+def _costs(usage: Usage) -> tuple[int, ...]:
+    """Of memory and disk: its own, and with its part of what several share."""
+    return usage.private, usage.memory, usage.disk_unique, usage.disk_unique + usage.disk_shared
 
 
 def _sum(nodes: list[TreeNode]) -> tuple[str, ...]:
-    used = [node.usage for node in nodes if node.usage]
-    sums = (sum(each.private for each in used), sum(each.memory for each in used), sum(each.disk for each in used))
-    return "together", "", *map(format_size, (*sums, sum(node.stored for node in nodes)))
+    costs = [_costs(node.usage) for node in nodes if node.usage]
+    return "together", "", *(format_size(sum(column)) for column in zip(*costs, strict=True))
 
 
 @app.command()
@@ -143,7 +143,7 @@ def delete(
 
 async def _delete(verbs: Client, snapshot: Snapshot, *, cascade: bool, dry_run: bool, going: set[str]) -> list[str]:
     """What went, or would. A dry run deleted nothing so far, so what else is `going` still stands on it."""
-    which = snapshot.name or snapshot.id
+    which = snapshot.title
     try:
         return await verbs.delete_snapshot(which, cascade=cascade, dry_run=dry_run)
     except DependentsError as error:

@@ -26,7 +26,7 @@ from ramet.cli.base import (
     snapshot_names,
 )
 from ramet.errors import NotFoundError, SpecError
-from ramet.model import Machine, Spec, State
+from ramet.model import Machine, Spec, State, Usage
 from ramet.units import format_size
 
 if TYPE_CHECKING:
@@ -142,12 +142,18 @@ def create(
     cpus: Annotated[int | None, typer.Option(show_default=False)] = None,
     memory: Annotated[str, typer.Option(help="Such as 512MiB or 2G.", show_default=False)] = "",
     disk: Annotated[str, typer.Option(help="Such as 8G.", show_default=False)] = "",
+    drive: Annotated[
+        list[str] | None, typer.Option(help="A disk more: NAME:SIZE or NAME:SIZE:/MOUNT; may be repeated.", show_default=False)
+    ] = None,
     env: Env = None,
     port: Annotated[
         list[str] | None, typer.Option("--port", "-p", help="GUEST or HOST:GUEST; may be repeated.", show_default=False)
     ] = None,
     user: User = "",
     workdir: Directory = "",
+    reclaim: Annotated[
+        str, typer.Option(help="How soon memory that it does not use goes back: off, gentle or eager.", show_default=False)
+    ] = "",
     origin: Annotated[
         str,
         typer.Option("--from", help="A snapshot or template that it goes on from.", autocompletion=snapshot_names, show_default=False),
@@ -166,7 +172,7 @@ def create(
 
         given = {
             "name": name, "image": image, "cpus": cpus, "memory": memory, "disk": disk, "env": environment(env),
-            "ports": port, "user": user, "workdir": workdir,
+            "ports": port, "user": user, "workdir": workdir, "reclaim": reclaim, "drives": drive,
         }  # fmt: skip
         given = {key: value for key, value in given.items() if value not in (None, "", {})}
         if origin and len(given) > 1:
@@ -214,8 +220,8 @@ def _table(machines: list[Machine]) -> None:
     text.say(lines[0])
     for machine, line in zip(machines, lines[1:], strict=True):
         text.say(line)
-        if machine.reason and machine.state is State.FAILED:
-            text.say(text.paint(f"  {text.clean(machine.reason)}"[: text.width()], text.RED))
+        if machine.reason and machine.state in (State.FAILED, State.PAUSED, State.HIBERNATED):
+            text.say(text.paint(f"  {text.clean(machine.reason)}"[: text.width()], text.colour_of(machine.state)))
 
 
 def _origin(machine: Machine) -> str:
@@ -245,7 +251,6 @@ def show(name: OptionalName = "", json: Json = False) -> None:
 
 def _facts(machine: Machine) -> list[tuple[str, str]]:
     spec, usage, activity = machine.spec, machine.usage, machine.activity
-    shared = f" ({format_size(usage.private)} shared with nobody)" if usage and usage.private else ""
     ports = [f"{p.guest} → 127.0.0.1:{p.host}" if p.host else str(p.guest) for p in machine.ports]
     return [
         ("name", machine.name),
@@ -257,9 +262,12 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         ("snapshot", machine.snapshot),
         ("image", f"{spec.image} ({machine.image_digest[:19]})" if machine.image_digest else spec.image),
         ("cpus", str(spec.cpus)),
-        ("memory", format_size(spec.memory) + (f", {format_size(usage.memory)} of the host's in use" if usage else "") + shared),
-        ("disk", format_size(spec.disk) + (f", {format_size(usage.disk)} of the host's in use" if usage else "")),
-        ("cpu time", f"{usage.cpu:.1f} s" if usage else ""),
+        ("memory", format_size(spec.memory) + _limit(machine)),
+        *(_memory(usage) if usage else []),
+        ("disk", format_size(spec.disk)),
+        *(_disk(usage) if usage else []),
+        *((f"drive {each.name}", format_size(each.size) + (f" at {each.mount}" if each.mount else "")) for each in spec.drives),
+        ("cpu time", f"{usage.cpu:.1f} s" if usage and machine.pid else ""),
         ("user", spec.user),
         ("workdir", spec.workdir),
         ("environment", " ".join(f"{key}={text.clean(value)}" for key, value in spec.env.items())),
@@ -272,6 +280,38 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         ("started", f"{text.age(machine.started_at)} ago" if machine.started_at else ""),
         ("ready in" if machine.parent else "booted in", f"{machine.boot_time:.2f} s" if machine.boot_time else ""),
     ]
+
+
+def _limit(machine: Machine) -> str:
+    """What it may use of its memory, and what the guest has where that is another thing."""
+    limit, has = machine.memory_limit or machine.spec.memory, machine.memory_granted
+    said = f", limited to {format_size(limit)}" if machine.memory_limit else ""
+    return said + (f", the guest has {format_size(has)}" if has not in (None, limit) else "")
+
+
+def _memory(usage: Usage) -> list[tuple[str, str]]:
+    """What of its memory the host holds."""
+    given = "" if usage.reclaimable is None else f"{format_size(usage.reclaimable)}, which its guest could give back"
+    return [
+        ("  in use", _parts(usage.private, usage.shared)),
+        ("  overhead", f"{format_size(usage.overhead)} of that, QEMU itself" if usage.overhead else ""),
+        ("  reclaimable", given),
+        ("  returned", f"{format_size(usage.returned)}, which the host does not hold" if usage.memory else ""),
+    ]
+
+
+def _disk(usage: Usage) -> list[tuple[str, str]]:
+    """What of its disk, and of the memory that was saved, is on the host's."""
+    return [
+        ("  in use", _parts(usage.disk_unique, usage.disk_shared)),
+        ("  written", f"{format_size(usage.disk)} of that, since it was last saved" if usage.disk else ""),
+    ]
+
+
+def _parts(unique: int, shared: int) -> str:
+    """shared: its part of what several have."""
+    split = f": {format_size(unique)} unique, {format_size(shared)} its part of what is shared" if shared else ""
+    return f"{format_size(unique + shared)}{split}"
 
 
 @app.command()
@@ -359,6 +399,10 @@ def info(json: Json = False) -> None:
             ("qemu", host.qemu),
             ("cpus", str(host.cpus)),
             ("memory", f"{format_size(host.memory)}, {format_size(host.memory_available)} available"),
+            (
+                "capacity",
+                f"{format_size(host.memory_capacity)} for machines ({host.overcommit:g} times), {format_size(host.memory_committed)} taken",
+            ),
             ("disk", f"{format_size(host.disk_available)} available"),
             ("network", host.network),
             ("state", host.state_dir),

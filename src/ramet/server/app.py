@@ -52,7 +52,9 @@ class ErrorReply:
 
 def problem(error: RametError, status: int | None = None) -> Response:
     """The error as the API sends it."""
-    headers = {"www-authenticate": 'Bearer realm="ramet"'} if isinstance(error, UnauthorizedError) else None
+    headers = {"www-authenticate": 'Bearer realm="ramet"'} if isinstance(error, UnauthorizedError) else {}
+    if "retry_after" in error.details:
+        headers["retry-after"] = str(error.details["retry_after"])
     return Response(to_json({"error": error.wire()}), status or error.status, headers, "application/json")
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
+from pydantic import Field
 from starlette.responses import Response
 
 from ramet.errors import RametError
-from ramet.model import Event, HostInfo, Machine, Port, Spec
+from ramet.model import Event, HostInfo, Machine, Port, Reclaim, Spec, strict
 from ramet.rest import BYTES, HEARTBEAT, LINES, to_json
 from ramet.server.reply import StreamReply, close, done, internal, record, take, until_gone
 from ramet.server.requests import BODY_LIMIT, Name, VerbsDep
@@ -66,6 +68,27 @@ async def get(name: Name, verbs: VerbsDep) -> Response:
 async def delete(name: Name, verbs: VerbsDep) -> Response:
     await verbs.delete(name)
     return done()
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class UpdateRequest:
+    """What is not given stays. memory: bytes that it may use, 0: all that it was made with. reclaim: how hard it gives back what it does not use."""
+
+    memory: Annotated[int, Field(ge=0)] | None = None
+    reclaim: Reclaim | None = None
+
+
+@router.patch(
+    "/v1/machines/{name}",
+    operation_id="update",
+    max_body_size=BODY_LIMIT,
+    tags=["machines"],
+    response_model=Machine,
+    summary="Change what it may cost; its `memory_granted` is what the guest has then",
+)
+async def update(name: Name, wanted: UpdateRequest, verbs: VerbsDep) -> Response:
+    return record(await verbs.update(name, memory=wanted.memory, reclaim=wanted.reclaim))
 
 
 @router.post("/v1/machines/{name}/start", operation_id="start", tags=["machines"], response_model=Machine, summary="Boot from its own disk")

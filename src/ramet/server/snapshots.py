@@ -105,8 +105,21 @@ async def resume(name: Name, verbs: VerbsDep) -> Response:
     response_model=Machine,
     summary="Save it to the disk and give its memory back to the host",
 )
-async def hibernate(name: Name, verbs: VerbsDep) -> Response:
-    return record(await verbs.hibernate(name))
+async def hibernate(
+    name: Name, verbs: VerbsDep, slim: Annotated[bool, Query(description="Drop its caches and free memory before.")] = True
+) -> Response:
+    return record(await verbs.hibernate(name, slim=slim))
+
+
+@router.post(
+    "/v1/machines/{name}/compact",
+    operation_id="compact",
+    tags=["snapshots"],
+    response_model=int,
+    summary="Give back what its disk holds and nobody needs; the bytes that the host's disk got back",
+)
+async def compact(name: Name, verbs: VerbsDep) -> Response:
+    return record(await verbs.compact(name))
 
 
 @router.post(

@@ -16,20 +16,24 @@ from ramet.store.sealing import Sealing, kept_pages, read_back
 # Bytes of data that a layer still owns above which it stays where it is. The base of a memory has 30 to 100 MB, and copying it would cost each fork that much;
 # one base does not grow a chain, and a chain of larger ones is bounded by what the machine has.
 LARGEST = 8 << 20
+# Of such a one, the share of its data that must not be read any more, for its heir to be worth writing out the rest: who asks for it waits for that.
+WASTE = 0.25
 
 
 class Adoption:
     """What `layer_id` takes over of the layers in `adopt`, as it is before. Falsy when that is nothing, and none of them is named.
 
-    It is also what is sealed, for `sealing`: `runs` and `pages`. LayerError when something is missing or damaged.
+    thorough: also of large ones, where that frees enough. It is also what is sealed, for `sealing`: `runs` and `pages`.
+    LayerError when something is missing or damaged.
     """
 
-    def __init__(self, store: StoreDir, record: Layer, adopt: Collection[str]) -> None:
+    def __init__(self, store: StoreDir, record: Layer, adopt: Collection[str], *, thorough: bool = False) -> None:
         self.record = record
         self.runs = Runs.build(())
         self.adopted: frozenset[str] = frozenset()
         self._store = store
         self._asked = frozenset(adopt) - {record.id}
+        self._thorough = thorough
 
     def __enter__(self) -> Adoption:
         self._layers: dict[str, Layer] = {}
@@ -94,7 +98,7 @@ class Adoption:
         for name in self._asked.intersection(self._names):
             number = self._names.index(name) + 1
             pieces = list(_owned(self._owners, number, self._held(name))) if number in used else []
-            if sum(count for _, count, where in pieces if where != ZERO) * PAGE <= LARGEST:
+            if self._worth(sum(count for _, count, where in pieces if where != ZERO) * PAGE, self._layers[name].data_bytes):
                 runs += pieces
                 adopted.add(name)
         # A name that only stands in the way of others' pages is no reason to write a sealed layer anew.
@@ -102,6 +106,10 @@ class Adoption:
             self.adopted = frozenset(adopted)
             own = self._held(record.id) if record.sealed else ()
             self.runs = Runs.build([*runs, *((first, count, where if where == ZERO else first) for first, count, where in own)])
+
+    def _worth(self, owned: int, held: int) -> bool:
+        """Whether to take over so many bytes of the data that a layer has."""
+        return owned <= LARGEST or (self._thorough and owned <= held * (1 - WASTE))
 
     def _held(self, name: str) -> Runs:
         """The pages that a layer can answer for itself; the others that it owns are as they were below the chain, for its heir as well."""

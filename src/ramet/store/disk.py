@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ramet.errors import HostError, NoSpaceError
 
@@ -23,11 +24,17 @@ def guard(doing: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        details = {"path": str(path), "errno": error.errno}
-        if error.errno in _FULL:
-            hint = "Free some space (`df -h`) and try again."
-            raise NoSpaceError(f"no space left to {doing} {path}: {error.strerror}", hint=hint, details=details) from error
-        raise HostError(f"cannot {doing} {path}: {error.strerror}", details=details) from error
+        raise failure(f"cannot {doing} {path}", error, path=str(path)) from error
+
+
+def failure(what: str, error: OSError, **details: Any) -> HostError:
+    """The error for a failed read or write; a full disk is told apart, for users can do something about that."""
+    details["errno"] = error.errno
+    if error.errno in _FULL:
+        why = "" if error.errno == errno.ENOSPC else f" ({error.strerror})"
+        return NoSpaceError(f"{what}: no space left on the disk{why}", details=details)
+    hint = "The host's kernel log may say more." if error.errno == errno.EIO else ""
+    return HostError(f"{what}: {error.strerror}", hint=hint, details=details)
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:

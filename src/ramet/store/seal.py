@@ -1,6 +1,6 @@
-"""`python -m ramet.store.seal STORE_ROOT ID... [--adopt ID]...`: the process that seals layers in the background, one after the other.
+"""`python -m ramet.store.seal STORE_ROOT ID... [--adopt ID]... [--thorough]`: the process that seals layers in the background, one after the other.
 
---adopt: a layer whose pages each of them takes over if it has it in its chain, see `Store.seal`.
+--adopt: a layer whose pages each of them takes over if it has it in its chain; --thorough: also a large one; see `Store.seal`.
 
 Prints `ID FRACTION` as it goes. Exits 0; or, at the first layer that fails, prints the error as the API sends it, as one line of JSON
 on stderr, and exits with the error's code.
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     store = Store(StoreDir(root=words.root))
     try:
         for layer_id in words.layers:
-            store.seal(layer_id, _Printer(layer_id), adopt=words.adopt)
+            store.seal(layer_id, _Printer(layer_id), adopt=words.adopt, thorough=words.thorough)
             _say(layer_id, 1.0)
     except RametError as error:
         sys.stderr.write(json.dumps(error.wire()) + "\n")
@@ -44,6 +44,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("root", type=Path)
     parser.add_argument("layers", nargs="+", metavar="ID")
     parser.add_argument("--adopt", action="append", default=[], metavar="ID")
+    parser.add_argument("--thorough", action="store_true")
     return parser.parse_args(argv)
 
 

@@ -208,7 +208,8 @@ class Sealer:
                 at = page * PAGE
                 number = first + page - begin
                 if content is None or content.startswith(_ZERO_PAGE, at):
-                    if owners is None or self._based or owners[number]:
+                    # What nobody owns is as in the base: zero there too where a guest trims all that its file system never used.
+                    if owners is None or owners[number] or (self._based and not below.startswith(_ZERO_PAGE, number * PAGE)):
                         zero |= 1 << number
                     continue
                 same = below and below.startswith(content[at : at + PAGE], number * PAGE)

@@ -178,18 +178,20 @@ class Store:
             self._publish(draft, durable=True)
         return record
 
-    def seal(self, layer_id: str, progress: Progress | None = None, *, adopt: Collection[str] = ()) -> Layer:
+    def seal(self, layer_id: str, progress: Progress | None = None, *, adopt: Collection[str] = (), thorough: bool = False) -> Layer:
         """Compress a layer's spool into a blob, and delete the spool; a sealed layer stays as it is. BusyError while another seals it.
 
         adopt: layers, of which those in its chain become superfluous to it: it takes over the pages that come from them, unless they are more than
-        `adoption.LARGEST`, and is sealed anew for that when it is sealed already. NoSpaceError, HostError, LayerError: it is as it was.
+        `adoption.LARGEST`, and is sealed anew for that when it is sealed already. thorough: also more, where that frees enough of what the other has.
+        NoSpaceError, HostError, LayerError: it is as it was.
         """
         files = self.files.layer(layer_id)
         record = layer.published(self.files, layer_id)
         if adopt or not record.sealed:
             with self._seal_lock(layer_id) as record, self._referring():
                 if adopt or not record.sealed:
-                    record = self._seal_anew(record, files, progress, adopt)
+                    adopting = Adoption(self.files, record, adopt, thorough=thorough) if adopt else None
+                    record = self._seal_anew(record, files, progress, adopting)
                     self._step("seal spool")
         _drop_old(files, record)
         if progress:
@@ -275,10 +277,10 @@ class Store:
                 self.files.layer(draft.id).root.rename(draft.files.root)
                 raise
 
-    def _seal_anew(self, record: Layer, files: LayerDir, progress: Progress | None, adopt: Collection[str]) -> Layer:
+    def _seal_anew(self, record: Layer, files: LayerDir, progress: Progress | None, adopting: Adoption | None) -> Layer:
         try:
             with contextlib.ExitStack() as stack:
-                adoption = stack.enter_context(Adoption(self.files, record, adopt)) if adopt else None
+                adoption = None if adopting is None else stack.enter_context(adopting)
                 if record.sealed and not adoption:
                     return record
                 source: Pages | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from ramet import network
@@ -14,25 +16,66 @@ QEMU = "qemu-system-x86_64"
 AGENT_PORT = "ramet.agent"
 # q35: `pc` describes its interrupt routing with a loop in AML that the guest interprets for 90 ms for each PCI device, under emulation.
 _CHIPSET = "q35,smbus=off,sata=off,vmport=off,usb=off,i8042=off,memory-backend=mem"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # The translation cache of an emulated cpu: QEMU's default of 1 GiB a machine costs memory with many; 64 MiB cost nothing measurable (see kernel/README.md).
 _TB_SIZE_MIB = 64
 
 
+class Aio(StrEnum):
+    """How QEMU asks the host's kernel to read and write. native works past the page cache only."""
+
+    THREADS = "threads"
+    NATIVE = "native"
+    URING = "io_uring"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskIo:
+    """How a machine's overlay is read and written. direct: past the host's page cache.
+
+    Whatever it is, a flush of the guest becomes an fdatasync of the host's file: that is QEMU's default, and no option here turns it off. So what
+    the guest flushed survives QEMU's death (in the host's page cache) and the host's (on its disk).
+    """
+
+    aio: Aio = Aio.THREADS
+    direct: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.aio},direct" if self.direct else str(self.aio)
+
+    @classmethod
+    def parse(cls, text: str) -> DiskIo:
+        """`threads`, `native`, `io_uring`, with or without `,direct`. ValueError for anything else."""
+        aio, comma, rest = text.partition(",")
+        if comma and rest != "direct":
+            raise ValueError(text)
+        return cls(aio=Aio(aio), direct=bool(comma) or aio == Aio.NATIVE)
+
+
+PLAIN = DiskIo()  # what QEMU does when it is told nothing
+
+
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """overlay: the machine's own qcow2, whose header names no backing file; base: the raw file it stands on; number: of the overlay, in nodes' names."""
+    """overlay: the machine's own qcow2, whose header names no backing file; base: the raw file it stands on, None: zeros; number: of the overlay, in nodes'
+    names. name: of a drive; the root disk has none.
+    """
 
-    overlay: Path
-    base: Path
+    overlay: Path = Path()
+    base: Path | None = None
+    name: str = ""
     number: int = 0
+    io: DiskIo = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything QEMU is told.
 
-    memory in bytes; qmp_fd and agent_fd: listening unix sockets that QEMU inherits; initrd None: none. memory_file: where the guest's memory comes from, mapped
-    privately; a machine with one does not boot, it waits for its devices' state.
+    memory in bytes; disks: the root disk first, which is the guest's /dev/vda, then the drives; qmp_fd and agent_fd: listening unix sockets that QEMU inherits;
+    initrd None: none. memory_file: where the guest's memory comes from, mapped privately; a machine with one does not boot, it waits for its devices'
+    state. mergeable: the host may merge pages of its memory that are the same as those of other machines (KSM). The guest cannot tell, so a snapshot fits
+    either.
     """
 
     name: str
@@ -44,9 +87,10 @@ class Config:
     cmdline: str
     qmp_fd: int | None = None
     agent_fd: int | None = None
-    disk: Disk | None = None
+    disks: tuple[Disk, ...] = ()
     memory_file: Path | None = None
     network: network.Network | None = None
+    mergeable: bool = False
 
 
 def _accelerator(config: Config) -> list[str]:
@@ -81,7 +125,8 @@ def _machine(config: Config) -> list[str]:
         # Private: what the guest writes is its own, what it only reads it shares with all that map the same file.
         backend |= {"qom-type": "memory-backend-file", "mem-path": str(config.memory_file), "share": False}
     return [
-        "-machine", _CHIPSET,
+        # Said in both cases, for QEMU's own default is to let memory be merged.
+        "-machine", f"{_CHIPSET},mem-merge={'on' if config.mergeable else 'off'}",
         "-smp", str(config.cpus),
         "-m", f"{mebibytes}M",
         "-object", json.dumps(backend),
@@ -115,37 +160,61 @@ def _agent(fd: int) -> list[str]:
     ]  # fmt: skip
 
 
-def overlay_name(number: int) -> str:
-    """The name of an overlay's node."""
-    return f"disk{number}"
+def overlay_name(at: int, number: int) -> str:
+    """The name of an overlay's node, of at most 31 characters. at: the disk's place among the machine's, 0: the root."""
+    return f"drive{at}-{number}" if at else f"disk{number}"
 
 
-def overlay_node(path: Path, number: int, backing: str | None) -> dict[str, object]:
+def base_name(at: int, number: int) -> str:
+    """The name of the node below it."""
+    return f"drive{at}-base{number}" if at else f"base{number}"
+
+
+def overlay_number(name: str) -> tuple[int, int] | None:
+    """The disk's place, and the number of its overlay, whose node has the name; None: it is no overlay's."""
+    found = re.fullmatch("(?:disk|drive([1-9][0-9]*)-)([0-9]+)", name)
+    return (int(found[1] or 0), int(found[2])) if found else None
+
+
+def _file(path: Path, io: DiskIo, **options: object) -> dict[str, object]:
+    """A file of the host. Words that say what is QEMU's default are left out."""
+    file: dict[str, object] = {"driver": "file", **options, "filename": str(path)}
+    if io.aio is not Aio.THREADS:
+        file["aio"] = str(io.aio)
+    if io.direct:
+        file["cache"] = {"direct": True}
+    return file
+
+
+def overlay_node(at: int, disk: Disk, backing: str | None) -> dict[str, object]:
     """A qcow2 overlay as a block node; what the guest discards or zeroes leaves the host's file. backing: the name of another node."""
-    name = overlay_name(number)
+    name = overlay_name(at, disk.number)
     return {
         "driver": "qcow2",
         "node-name": name,
         "discard": "unmap",
         "detect-zeroes": "unmap",
         "backing": backing,
-        "file": {"driver": "file", "node-name": f"{name}-file", "filename": str(path), "discard": "unmap"},
+        "file": _file(disk.overlay, disk.io, **{"node-name": f"{name}-file"}) | {"discard": "unmap"},
     }
 
 
-def base_node(path: Path, number: int) -> dict[str, object]:
-    """The raw file under an overlay, as a block node."""
-    file = {"driver": "file", "filename": str(path), "read-only": True}
-    return {"driver": "raw", "node-name": f"base{number}", "read-only": True, "file": file}
+def base_node(at: int, disk: Disk, base: Path) -> dict[str, object]:
+    """The raw file under an overlay, as a block node: always through the page cache, where others read the same."""
+    cached = DiskIo(aio=Aio.THREADS if disk.io.aio is Aio.NATIVE else disk.io.aio)
+    file = _file(base, cached) | {"read-only": True}
+    return {"driver": "raw", "node-name": base_name(at, disk.number), "read-only": True, "file": file}
 
 
-def _disk(disk: Disk) -> list[str]:
-    base = base_node(disk.base, disk.number)
-    overlay = overlay_node(disk.overlay, disk.number, str(base["node-name"]))
+def _disk(at: int, disk: Disk) -> list[str]:
+    """A thread serves each disk, so that none waits for another's."""
+    thread, serial = (f"io-{disk.name}", f",serial={disk.name}") if disk.name else ("io", "")
+    below = base_node(at, disk, disk.base) if disk.base else None
+    overlay = overlay_node(at, disk, base_name(at, disk.number) if below else None)
     return [
-        "-object", "iothread,id=io", "-blockdev", json.dumps(base), "-blockdev", json.dumps(overlay),
+        "-object", f"iothread,id={thread}", *(("-blockdev", json.dumps(below)) if below else ()), "-blockdev", json.dumps(overlay),
         # The geometry is given, else QEMU reads the first sector to guess it: from a base that may only be about to exist.
-        "-device", f"virtio-blk-pci,drive={overlay['node-name']},iothread=io,cyls=16383,heads=16,secs=63",
+        "-device", f"virtio-blk-pci,drive={overlay['node-name']},iothread={thread}{serial},cyls=16383,heads=16,secs=63",
     ]  # fmt: skip
 
 
@@ -163,8 +232,9 @@ def _small() -> list[str]:
 
 
 def machine_type(config: Config) -> str:
-    """What a snapshot's device state fits, beyond QEMU's version: every device with its options, in order, but for the overlay's number."""
-    words = build(dataclasses.replace(config, disk=Disk(overlay=Path(), base=Path()), memory_file=None))
+    """What a snapshot's device state fits, beyond QEMU's version: every device with its options, in order, but for the overlays' numbers."""
+    disks = tuple(Disk(name=each.name) for each in config.disks)
+    words = build(dataclasses.replace(config, disks=disks, memory_file=None))
     devices = [words[at + 1] for at, word in enumerate(words) if word == "-device"]
     return " ".join([_CHIPSET, str(config.cpus), str(config.memory), *devices])
 
@@ -173,14 +243,14 @@ def build(config: Config) -> list[str]:
     """The whole command line."""
     return [
         QEMU, "-name", f"ramet-{config.name}", "-nodefaults", "-no-user-config", "-display", "none",
-        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-sandbox", SANDBOX,
         *_accelerator(config),
         *_machine(config),
         *_boot(config),
         *_console(),
         *(_monitor(config.qmp_fd) if config.qmp_fd is not None else []),
         *(_agent(config.agent_fd) if config.agent_fd is not None else []),
-        *(_disk(config.disk) if config.disk else []),
+        *(word for at, disk in enumerate(config.disks) for word in _disk(at, disk)),
         *(_network(config.network) if config.network else []),
         *_small(),
     ]  # fmt: skip

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ramet.errors import HostError, MachineFailedError, NoSpaceError, RametError
+from ramet.errors import MachineFailedError, NoSpaceError, RametError
 from ramet.identity import Identity
+from ramet.store import disk
 from ramet.vm import argv, memory
 from ramet.vm.machine import Vm
 
@@ -29,13 +28,13 @@ QUIESCE_DEADLINE = 30.0  # seconds for the agent to finish its frame: an emulate
 class Capture:
     """What to catch, and what was caught.
 
-    number, next_overlay: the overlay that the machine has, and the file of the one that it gets. state: the file for the devices' state, None: the disk only.
+    overlays: those that the machine gets, each in place of the one before it; in the order of its disks.
+    state: the file for the devices' state, None: the disk only.
     base: host address of the guest's memory; size: its bytes. spans: pages that were written since the machine's start (first, count);
     frozen: the overlay was changed. pause: seconds that the machine stood still.
     """
 
-    number: int
-    next_overlay: Path
+    overlays: tuple[argv.Disk, ...]
     state: Path | None = None
     size: int = 0
     base: int = 0
@@ -58,13 +57,15 @@ async def prepare(vm: Vm, wanted: Capture) -> None:
     if wanted.state:
         wanted.base = await ram_address(vm)
     await discard(vm, wanted)  # of a save that was cut off
-    await vm.monitor("blockdev-add", **argv.overlay_node(wanted.next_overlay, wanted.number + 1, None))
+    for at, overlay in enumerate(wanted.overlays):
+        await vm.monitor("blockdev-add", **argv.overlay_node(at, overlay, None))
 
 
 async def discard(vm: Vm, wanted: Capture) -> None:
-    """Undo `prepare`, where the overlay was not changed."""
-    with contextlib.suppress(RametError):
-        await vm.monitor("blockdev-del", **{"node-name": argv.overlay_name(wanted.number + 1)})
+    """Undo `prepare`, where the overlays were not changed."""
+    for at, overlay in enumerate(wanted.overlays):
+        with contextlib.suppress(RametError):
+            await vm.monitor("blockdev-del", **{"node-name": argv.overlay_name(at, overlay.number)})
 
 
 @dataclass
@@ -107,10 +108,14 @@ async def catch(vm: Vm, wanted: Capture, spool: int | None, step: Callable[[str]
             await vm.monitor("xen-save-devices-state", filename=str(wanted.state), live=False)
         except MachineFailedError as error:
             if shutil.disk_usage(wanted.state.parent).free < _LITTLE:  # QEMU only says that it could not write
-                raise disk_error("the devices' state cannot be saved", OSError(errno.ENOSPC, "")) from error
+                raise NoSpaceError("the devices' state cannot be saved: no space left on the disk") from error
             raise
     step("freezing the disk")
-    await vm.monitor("blockdev-snapshot", node=argv.overlay_name(wanted.number), overlay=argv.overlay_name(wanted.number + 1))
+    changes = [
+        {"node": argv.overlay_name(at, overlay.number - 1), "overlay": argv.overlay_name(at, overlay.number)}
+        for at, overlay in enumerate(wanted.overlays)
+    ]
+    await vm.monitor("transaction", actions=[{"type": "blockdev-snapshot", "data": each} for each in changes])  # all of them, or none
     wanted.frozen = True
     if wanted.state:
         step("copying memory")
@@ -119,14 +124,7 @@ async def catch(vm: Vm, wanted: Capture, spool: int | None, step: Callable[[str]
             if spool is not None:
                 wanted.copied = await asyncio.to_thread(memory.copy, vm.pid, wanted.base, wanted.spans, spool)
         except OSError as error:
-            raise disk_error("the machine's memory cannot be saved", error) from error
-
-
-def disk_error(what: str, error: OSError) -> HostError:
-    """The error for a failed read or write; a full disk is told apart."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(f"{what}: no space left on the disk", hint="Free some space (`df -h`) and try again.")
-    return HostError(f"{what}: {os.strerror(error.errno or 0)}", hint="The host's kernel log may say more.")
+            raise disk.failure("the machine's memory cannot be saved", error) from error
 
 
 async def capture(vm: Vm, wanted: Capture, spool: int | None, step: Callable[[str], None]) -> None:
@@ -141,22 +139,34 @@ async def capture(vm: Vm, wanted: Capture, spool: int | None, step: Callable[[st
             await discard(vm, wanted)
 
 
-async def rebase(vm: Vm, number: int, base: Path) -> None:
-    """Put the overlay over one raw file with the content of all that is below it, and let go of what was: a chain that grew with each save would slow down."""
-    name = argv.overlay_name(number)
-    below = argv.base_node(base, number)
+async def rebase(vm: Vm, at: int, overlay: argv.Disk, base: Path) -> None:
+    """Put an overlay over one raw file with the content of all that is below it, and let go of what was: a chain that grew with each save would slow down.
+
+    at: the disk's place among the machine's.
+    """
+    below = argv.base_node(at, overlay, base)
     await vm.monitor("blockdev-add", **below)
-    options = argv.overlay_node(Path(), number, str(below["node-name"])) | {"file": f"{name}-file"}
+    options = argv.overlay_node(at, overlay, str(below["node-name"])) | {"file": f"{argv.overlay_name(at, overlay.number)}-file"}
     await vm.monitor("blockdev-reopen", options=[options])
-    for node in (argv.overlay_name(number - 1), f"base{number - 1}"):
+    for node in (argv.overlay_name(at, overlay.number - 1), argv.base_name(at, overlay.number - 1)):
         with contextlib.suppress(RametError):
             await vm.monitor("blockdev-del", **{"node-name": node})
 
 
-async def active_overlay(vm: Vm) -> int | None:
-    """The number of the overlay that the machine writes to."""
-    for device in await vm.monitor("query-block"):
-        name = str((device.get("inserted") or {}).get("node-name", ""))
-        if name.startswith("disk") and name[4:].isdecimal():
-            return int(name[4:])
-    return None
+async def settle(vm: Vm, at: int, overlay: argv.Disk) -> None:
+    """The same, of a QEMU of which nobody knows how far a save that was cut off came with it. Until then it reads layers that are not the overlay's any more,
+    and may be collected. overlay: with the base that it stands on."""
+    nodes = {node["node-name"] for node in await vm.monitor("query-named-block-nodes")}
+    if argv.overlay_name(at, overlay.number - 1) not in nodes:
+        return
+    if (base := argv.base_name(at, overlay.number)) in nodes:
+        with contextlib.suppress(RametError):  # it is in use: only the last step is missing
+            await vm.monitor("blockdev-del", **{"node-name": base})
+    assert overlay.base
+    await rebase(vm, at, overlay, overlay.base)
+
+
+async def active_overlays(vm: Vm) -> dict[int, int]:
+    """The number of the overlay that the machine writes to, of each disk, by its place among the machine's."""
+    names = (str((device.get("inserted") or {}).get("node-name", "")) for device in await vm.monitor("query-block"))
+    return dict(found for name in names if (found := argv.overlay_number(name)))

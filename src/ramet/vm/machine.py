@@ -16,10 +16,9 @@ from ramet import locks, process, sockets
 from ramet.errors import BusyError, GuestError, MachineFailedError, NoSpaceError, RametError
 from ramet.guest import Guest
 from ramet.identity import Identity
-from ramet.model import Usage
 from ramet.paths import MachineDir
 from ramet.qmp import Qmp
-from ramet.vm import argv, disk
+from ramet.vm import argv
 
 T = TypeVar("T")
 
@@ -99,9 +98,8 @@ def pids(files: MachineDir) -> dict[str, int]:
 async def kill(files: MachineDir) -> None:
     """End whatever lives in the directory, at once; returns when it is gone."""
     found = pids(files)
-    for _ in range(
-        100
-    ):  # a shim that was just started writes its pids within milliseconds, and tells nobody but its starter, who may be dead
+    # A shim that was just started writes its pids within milliseconds, and tells nobody but its starter, who may be dead.
+    for _ in range(100):
         if found or not is_alive(files):
             break
         await asyncio.sleep(0.05)
@@ -136,6 +134,10 @@ class Vm:
         self.on_agent_lost: Callable[[], None] = lambda: None
         self.agent_closed = False
         self.lost_because = ""
+        self.still = False  # paused, by us
+        self.granted: int | None = None  # bytes that the balloon leaves the guest, where that is known
+        self.balloon_target = 0
+        self.balloon_changed = asyncio.Event()
 
     @classmethod
     async def launch(cls, files: MachineDir, config: argv.Config, shim: Path) -> Vm:
@@ -246,9 +248,8 @@ class Vm:
         except BaseException as error:
             if guest:
                 guest.abort("given up")
-            if isinstance(error, MachineFailedError | OSError) and await self._dies_within(
-                _DYING
-            ):  # a QEMU that ends closes its sockets first
+            # A QEMU that ends closes its sockets first.
+            if isinstance(error, MachineFailedError | OSError) and await self._dies_within(_DYING):
                 await self._settled()
                 death = postmortem(self.files)
                 raise MachineFailedError(death.reason, hint=getattr(error, "hint", ""), details={"log": death.log}) from error
@@ -270,10 +271,12 @@ class Vm:
         except BaseException:
             await self.guest.resume()
             raise
+        self.still = True
 
     async def unpause(self, who: Identity | None = None) -> None:
         """Go on with the time that it is now. who: under a new identity, for a machine that was parked."""
         await self.monitor("cont")
+        self.still = False
         if self._guest is None or self._guest.closed.done():  # another daemon paused it
             await self.connect_agent(deadline=BOOT_DEADLINE / 3, resync=True)
         else:
@@ -288,9 +291,12 @@ class Vm:
         ends: set[asyncio.Future[Any]] = {talking, self.dead, self._stuck}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            failed = talking.done() and not talking.cancelled() and talking.exception() is not None
+            if failed:
+                await self._dies_within(_DYING)  # a QEMU that ends closes its sockets first, and how it ended says more
             if self.dead.cancelled():
                 raise MachineFailedError("the machine was let go")
-            if self.dead.done() and not talking.done():
+            if self.dead.done() and (failed or not talking.done()):
                 await self._settled()
                 death = postmortem(self.files)
                 raise MachineFailedError(death.reason, details={"log": death.log})
@@ -319,13 +325,15 @@ class Vm:
         elif name == "MIGRATION" and data.get("status") in ("completed", "failed"):
             if self._loaded and not self._loaded.done():
                 self._loaded.set_result(str(data["status"]))
+        elif name == "BALLOON_CHANGE":
+            self.granted = int(data["actual"])
+            self.balloon_changed.set()
         elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
             # QEMU's default for a full disk: the guest stands still instead of being told of an error that it would answer with a read-only disk.
             why = "no space left on the host's disk" if data.get("nospace") else str(data.get("reason"))
             reason = f"QEMU paused the machine: {why}; free some, then stop and start it"
             if not self._stuck.done():
-                hint = "Free some space (`df -h`) and try again."
-                self._stuck.set_result(NoSpaceError(reason, hint=hint) if data.get("nospace") else MachineFailedError(reason))
+                self._stuck.set_result(NoSpaceError(reason) if data.get("nospace") else MachineFailedError(reason))
             self._lose(reason)
 
     def _lose(self, reason: str) -> None:
@@ -344,14 +352,13 @@ class Vm:
         """After QEMU's end: wait for the shim to write it down."""
         await kill(self.files)
 
-    async def usage(self) -> Usage:
-        """What this QEMU costs the host now."""
-        return measure(self.pid, self.files)
-
     async def power_off(self, *, deadline: float | None = None) -> str:
         """The ladder: ask the agent, then ACPI's power button, then QEMU, then SIGKILL. Always ends; returns how, when it had to be impolite."""
         deadline = POWER_OFF_DEADLINE if deadline is None else deadline
         rude = ""
+        if self.still:  # a guest that stands still cannot power off
+            with contextlib.suppress(RametError):
+                await self.unpause()
         try:
             await self.guest.power_off(POWER_OFF_GRACE)
         except GuestError as error:
@@ -396,18 +403,3 @@ class Vm:
             self._guest.abort("released")
         if self._qmp:
             await self._qmp.close()
-
-
-def measure(pid: int, files: MachineDir) -> Usage:
-    """What a process costs (memory in bytes, cpu in seconds), and the allocated bytes of its machine's own overlay."""
-    sizes = {"Pss": 0, "Private_Clean": 0, "Private_Dirty": 0}
-    cpu = 0.0
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in sizes:
-                sizes[name] = int(value.split()[0]) << 10
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    private = sizes["Private_Clean"] + sizes["Private_Dirty"]
-    return Usage(memory=sizes["Pss"], private=private, disk=disk.allocated(files), cpu=cpu)

@@ -7,8 +7,14 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramet.store import disk
 
 PAGE = 4096
 
@@ -96,14 +102,65 @@ def copy(pid: int, base: int, spans: list[tuple[int, int]], out: int) -> int:
                     raise OSError(errno.EIO, "the process's memory went away")
                 at, filled, total = at + n, filled + n, total + n
                 if filled == _COPY:
-                    _write(out, buffer)
+                    disk.write_all(out, buffer)
                     filled = 0
-        _write(out, buffer[:filled])
+        disk.write_all(out, buffer[:filled])
     finally:
         os.close(memory)
     return total
 
 
-def _write(out: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(out, data) :]
+# Of each mapping (Documentation/filesystems/proc.rst): its head, and the lines that are looked at.
+_MAPPING = re.compile(
+    rb"^(?:([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \d+ *(.*)|(Rss|Pss|Private_Clean|Private_Dirty|Anonymous|Swap): +(\d+) kB)$", re.M
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes of memory that the host holds for a QEMU; pages that others map too are counted in parts (PSS).
+
+    own: what its guest wrote; common: its part of the pages of layers that it only read; cache: code that emulation translated; heap: other anonymous memory;
+    program: it and its libraries. The sum of these is what it costs, of which nobody else maps `private`.
+    guest: bytes of the guest's memory that are there, whoever shares them, in swap too.
+    """
+
+    own: int = 0
+    common: int = 0
+    cache: int = 0
+    heap: int = 0
+    program: int = 0
+    private: int = 0
+    guest: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.own + self.common + self.cache + self.heap + self.program
+
+
+def held(pid: int, size: int, served: Path) -> Held:
+    """What the host holds for a QEMU: OSError when it is gone. size: of the guest's memory in bytes; served: where the files of memory layers are.
+
+    The guest's memory is a private mapping of a layer's file, or the anonymous mapping that is as large as it. Translated code is in mappings that may be
+    written and executed.
+    """
+    layers, sums = os.fsencode(served) + b"/", Counter[str]()
+    kind, is_guest, pss = "heap", False, 0
+    for begin, end, rights, path, name, value in _MAPPING.findall(Path(f"/proc/{pid}/smaps").read_bytes()):
+        if begin:
+            is_guest = path.startswith(layers) or (not path and rights.startswith(b"rw-") and int(end, 16) - int(begin, 16) >= size)
+            kind = "common" if is_guest else "cache" if b"wx" in rights else "program" if path.startswith(b"/") else "heap"
+            continue
+        number = int(value) << 10
+        if name == b"Pss":
+            pss = number
+            sums[kind] += number
+        elif name.startswith(b"Private"):
+            sums["private"] += number
+        elif is_guest and name == b"Anonymous":
+            own = min(number, pss)  # merged pages (KSM) are anonymous too, and not its own alone
+            sums["own"] += own
+            sums["common"] -= own
+        elif is_guest:
+            sums["guest"] += number  # Rss, Swap
+    return Held(**sums)

@@ -1,4 +1,4 @@
-"""Whether KVM works here: found out by booting something, for a device node proves nothing (a paravirtual /dev/kvm opens, and hangs real kernels)."""
+"""Whether KVM and io_uring work here: found out by using them, for a device node proves nothing (a paravirtual /dev/kvm opens, and hangs real kernels)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,14 +19,17 @@ from ramet.vm import argv
 DEVICE = Path("/dev/kvm")
 DEADLINE = 8.0  # seconds; with KVM the floor prints its line in well under one
 _MEMORY = 256 << 20
+_PAGE = 4096
+_WHOLE = f"read {_PAGE}/{_PAGE} bytes"  # what QEMU's own tester says when the page that it wrote was read back
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The accelerator to use, and why; key: what the answer holds for."""
+    """The accelerator to use, and why; uring: why io_uring cannot be used, empty when it can; key: what the answer holds for."""
 
     accelerator: Accelerator
     reason: str
+    uring: str
     key: str
 
 
@@ -35,16 +39,18 @@ def _key(kernel: Kernel, qemu: str) -> str:
 
 
 async def probe(cache: Path, kernel: Kernel, qemu: str) -> Probe:
-    """The accelerator for `kernel` on this host. Probed once for each boot of the host, kernel, and QEMU version; `cache` keeps the answer."""
+    """What `kernel` can use on this host. Probed once for each boot of the host, kernel, and QEMU version; `cache` keeps the answer."""
     key = _key(kernel, qemu)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads(cache.read_text())
         if found["key"] == key:
-            return Probe(accelerator=Accelerator(found["accelerator"]), reason=found["reason"], key=key)
+            return Probe(accelerator=Accelerator(found["accelerator"]), reason=found["reason"], uring=str(found["uring"]), key=key)
+    uring = await why_no_uring(cache.parent)
     if forced := os.environ.get("RAMET_ACCEL"):
-        return Probe(accelerator=Accelerator(forced), reason="RAMET_ACCEL says so", key=key)
+        return Probe(accelerator=Accelerator(forced), reason="RAMET_ACCEL says so", uring=uring, key=key)
     reason = await _why_not(kernel)
-    result = Probe(accelerator=Accelerator.TCG if reason else Accelerator.KVM, reason=reason or "a guest booted with it", key=key)
+    accelerator = Accelerator.TCG if reason else Accelerator.KVM
+    result = Probe(accelerator=accelerator, reason=reason or "a guest booted with it", uring=uring, key=key)
     temporary = cache.with_suffix(".new")
     temporary.write_text(json.dumps(asdict(result)))
     temporary.rename(cache)
@@ -84,3 +90,20 @@ async def _why_not(kernel: Kernel) -> str:
     if "Assertion" in text:
         return f"QEMU aborts when it starts a guest with it: {DEVICE} opens, but is not a whole KVM"
     return f"a guest under KVM did not boot: {(text.splitlines() or ['it ended'])[-1]}"
+
+
+async def why_no_uring(directory: Path) -> str:
+    """Why io_uring cannot be used for files in a directory; empty when it can: a QEMU, restricted as all are, wrote a page with it and read that back."""
+    with tempfile.NamedTemporaryFile(prefix=".probe-", dir=directory) as file:
+        file.truncate(1 << 20)
+        node = {"driver": "file", "node-name": "probe", "filename": file.name, "aio": str(argv.Aio.URING)}
+        command = [argv.QEMU, "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", argv.SANDBOX]
+        command += ["-blockdev", json.dumps(node), "-qmp", "stdio"]
+        tester = [f'qemu-io probe "{words}"' for words in (f"write -P 165 0 {_PAGE}", "flush", f"read -P 165 0 {_PAGE}")]
+        asked = [{"execute": "human-monitor-command", "arguments": {"command-line": line}} for line in tester]
+        said = "\n".join(json.dumps(each) for each in [{"execute": "qmp_capabilities"}, *asked, {"execute": "quit"}])
+        finished = await process.run(command, deadline=DEADLINE, input=said.encode())
+    if _WHOLE in finished.output and "verification failed" not in finished.output:
+        return ""
+    last = (finished.output.strip().splitlines() or ["it said nothing"])[-1]
+    return f"QEMU does not work with it: {last.rpartition(': ')[2] if finished.returncode else last}"
