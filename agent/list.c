@@ -15,7 +15,7 @@ static struct slot *next_process(uint32_t from)
 {
 	struct slot *next = NULL;
 	for (struct slot *s = slots; s < slots + slots_top; s++)
-		if (s->kind == PROCESS && !s->dying && s->id >= from && (!next || s->id < next->id))
+		if (s->kind == PROCESS && !s->builtin && !s->dying && s->id >= from && (!next || s->id < next->id))
 			next = s;
 	return next;
 }

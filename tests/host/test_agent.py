@@ -238,11 +238,12 @@ def test_half_a_file_operation_does_not_wait_for_ever(host: Host, tmp_path: Path
     target = tmp_path / "file"
     args = [wire.param(Tag.ARG, arg) for arg in ("write", str(target), "0", "644", "cr")]
     host.open(1, Op.EXEC, *args, flags=OpenFlag.STDIN | OpenFlag.BUILTIN)
-    host.until(1, Kind.STARTED)
+    process, host.pids[process] = wire.parse_pair(host.until(1, Kind.STARTED).payload)
     host.send(wire.frame(Kind.DATA, 1, b"half"))
-    host.quiesce(2)
+    assert host.processes(2) == {}  # it is nobody's program
+    host.quiesce(3)
     host.sync()
-    assert host.processes(1) == {}
+    host.gone(process)
     assert list(tmp_path.iterdir()) == []
 
 

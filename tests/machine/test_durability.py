@@ -14,7 +14,7 @@ from ramet.engine import Engine
 from ramet.model import Command, Output, State
 from tests.fixtures import Artifacts, Box, States, opened
 
-ROUNDS = 10
+ROUNDS = 6
 # Each line that it says is of a file that was flushed before: sizes below and above a cluster (64 KiB), in room that files of earlier rounds had.
 WRITER = """
 cd /srv; rm -f ./$(($1 - 2))-*; n=0

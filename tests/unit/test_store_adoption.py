@@ -401,3 +401,14 @@ def test_a_child_made_from_a_file_of_a_parent_that_adopted(bed: Bed) -> None:
         draft.spool.write_bytes(page(1))
         made = bed.store.publish(draft, Runs.build([(0, 1, 0)]), durable=True)
     assert bed.read(made.id, PAGE) == bed.want[child.id][PAGE:]
+
+
+def test_one_that_is_named_and_owns_nothing_is_no_hindrance(bed: Bed) -> None:
+    """The page that is the same in all three is the first one's once the second is sealed; asked for is more than is named."""
+    first = bed.layer({0: 700})
+    second = bed.layer({0: 700, 1: 5}, first.id)
+    third = bed.layer({0: 700}, second.id)
+    bed.store.seal(second.id)
+    sealed = bed.store.seal(third.id, adopt={first.id, second.id})
+    assert (sealed.chain, sealed.beneath) == ((third.id,), ())
+    bed.check(third.id)

@@ -97,8 +97,11 @@ class Adoption:
         used = set(self._owners.owner)
         for name in self._asked.intersection(self._names):
             number = self._names.index(name) + 1
-            pieces = list(_owned(self._owners, number, self._held(name))) if number in used else []
-            if self._worth(sum(count for _, count, where in pieces if where != ZERO) * PAGE, self._layers[name].data_bytes):
+            # One that is only named, and owns nothing, may be gone already.
+            pieces, held = [], 0
+            if number in used:
+                pieces, held = list(_owned(self._owners, number, self._held(name))), self._layers[name].data_bytes
+            if self._worth(sum(count for _, count, where in pieces if where != ZERO) * PAGE, held):
                 runs += pieces
                 adopted.add(name)
         # A name that only stands in the way of others' pages is no reason to write a sealed layer anew.
