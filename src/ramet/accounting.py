@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramet import disks
+from ramet import disks, process
 from ramet.db import Record
 from ramet.entry import Entry
 from ramet.errors import RametError
@@ -145,7 +145,6 @@ def measure(pid: int, size: int, served: Path) -> Usage:
     """What a QEMU costs in memory (bytes) and cpu (seconds); nothing where it is gone. size: of its guest's memory; served: where memory layers are."""
     try:
         held = memory.held(pid, size, served)
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError, IndexError):
         return Usage()
     return Usage(
@@ -154,7 +153,7 @@ def measure(pid: int, size: int, served: Path) -> Usage:
         shared=max(0, held.total - held.private),
         overhead=held.cache + held.heap + held.program,
         returned=max(0, size - held.guest),
-        cpu=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+        cpu=process.cpu_time(pid),
     )
 
 

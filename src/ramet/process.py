@@ -16,6 +16,7 @@ from pathlib import Path
 from ramet.errors import CommandError, HostError, NoSpaceError
 
 TAIL_LINES = 30
+_TICKS = os.sysconf("SC_CLK_TCK")
 KILL_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 _SPACE = ("no space left on device", "disk quota exceeded")
 
@@ -229,6 +230,15 @@ def start_time(pid: int) -> int | None:
         return None
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] == "Z" else int(fields[19])
+
+
+def cpu_time(pid: int) -> float:
+    """Seconds of processor time, user and system, that a process has used (fields 14 and 15 of /proc/PID/stat); 0 when there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 async def gone(pidfd: int, deadline: float) -> bool:

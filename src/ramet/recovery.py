@@ -108,9 +108,7 @@ async def _recover(ops: Operations, entry: Entry) -> None:
 async def _settle(ops: Operations, entry: Entry, active: Mapping[int, int]) -> None:
     """Put the disks right where a save was cut off."""
     try:
-        found = await ops.settle_disks(entry, active)
-        if active:
-            await saving.stand(ops, entry, found)
+        await saving.settle(ops, entry, active)
     except RametError as error:
         log.error("the disk of %s: %s", entry.record.name, error.message)
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from ramet import bringup, disks, guestfs, snapshot
@@ -160,13 +160,18 @@ async def _settled(ops: Operations, entry: Entry) -> Disks:
             await asyncio.wait({entry.vm.dead}, timeout=_DYING)  # a QEMU that ends closes its monitor first
             if not entry.vm.dead.done():
                 raise
+    return await settle(ops, entry, active)
+
+
+async def settle(ops: Operations, entry: Entry, active: Mapping[int, int]) -> Disks:
+    """Put the disks right where a save was cut off; what the machine has then. active: the overlays that a QEMU which lives writes to."""
     found = await ops.settle_disks(entry, active)
     if active:
-        await stand(ops, entry, found)
+        await _stand(ops, entry, found)
     return found
 
 
-async def stand(ops: Operations, entry: Entry, found: Disks) -> None:
+async def _stand(ops: Operations, entry: Entry, found: Disks) -> None:
     """Have a QEMU that lives read its disks from what they stand on now."""
     assert entry.vm
     if any(each.layer for each in found):

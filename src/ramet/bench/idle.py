@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from ramet import process
 from ramet.bench import bed, members, picture
 from ramet.bench.bed import Bed
 from ramet.bench.figures import Figure, Report
-from ramet.errors import HostError
 from ramet.model import Reclaim
 
 SECONDS = 60.0
@@ -47,20 +47,18 @@ def switches(pid: int) -> dict[str, int]:
 
 async def costs(found: Bed, names: list[str], seconds: float) -> list[Cost]:
     """Of machines that idle, all at the same time: together they take a few percent of a cpu, so they do not disturb each other."""
-    machines = [await found.engine.get(name) for name in names]
-    if ended := [each for each in machines if not each.pid]:
-        raise HostError(f"{ended[0].name} is {ended[0].state}: {ended[0].reason}")
-    pids = [each.pid or 0 for each in machines]
-    before = [(time.monotonic(), members.cpu(pid), switches(pid)) for pid in pids]
+    pids = [await members.pid_of(found.engine, name) for name in names]
+    before = [(time.monotonic(), process.cpu_time(pid), switches(pid)) for pid in pids]
     await asyncio.sleep(seconds)
     found_costs = []
-    for machine, pid, (began, cpu, slept) in zip(machines, pids, before, strict=True):
+    for name, pid, (began, cpu, slept) in zip(names, pids, before, strict=True):
         passed = time.monotonic() - began
+        size = (await found.engine.get(name)).spec.memory
         found_costs.append(
             Cost(
-                share=(members.cpu(pid) - cpu) / passed,
+                share=(process.cpu_time(pid) - cpu) / passed,
                 switches=sum(number - slept.get(thread, 0) for thread, number in switches(pid).items()) / passed,
-                kinds=members.memory(pid, machine.spec.memory, found.state.store.mount),
+                kinds=members.memory(pid, size, found.state.store.mount),
             )
         )
     return found_costs

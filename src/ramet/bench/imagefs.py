@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramet import __version__
+from ramet import __version__, process
 from ramet.bench import bed
 from ramet.bench.figures import Figure, Report, distribution
 from ramet.errors import HostError
@@ -108,10 +108,7 @@ def seal(files: StoreDir, copy: Path, size: int, zeros: int) -> Layer:
 
 def cpu(pids: Sequence[int]) -> float:
     """Seconds, in steps of a hundredth."""
-    found = 0
-    for pid in pids:
-        found += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return found / os.sysconf("SC_CLK_TCK")
+    return sum(map(process.cpu_time, pids))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ramet import process
 from ramet.bench import bed
 from ramet.bench.bed import Bed
 from ramet.engine import Engine
@@ -202,20 +203,29 @@ def processes(state: StateDir) -> list[int]:
     return found
 
 
+async def pid_of(engine: Engine, name: str) -> int:
+    """A running machine's QEMU."""
+    machine = await engine.get(name)
+    if not machine.pid:
+        raise HostError(f"{name} is {machine.state}: {machine.reason}")
+    return machine.pid
+
+
+def resident(pid: int, *kinds: str) -> int:
+    """Bytes of a process's memory, by lines of /proc/PID/smaps_rollup (`Pss`, `Private_Dirty`). HostError: there is no such process."""
+    try:
+        lines = [line.partition(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    except OSError:
+        raise HostError("the measured machine ended") from None
+    return sum(int(rest.split()[0]) << 10 for kind, _, rest in lines if kind in kinds)
+
+
 def served_by(state: StateDir) -> list[int]:
     """Pids of the image file system of a state directory; none where it is not mounted."""
     with contextlib.suppress(FileNotFoundError):
         keeper, workers = mounting.pids(state.store)
         return [keeper, *workers]
     return []
-
-
-def cpu(pid: int) -> float:
-    """Seconds that a process has used; 0 when there is none."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 class Share:
@@ -229,7 +239,7 @@ class Share:
     async def ends(self, name: str) -> None:
         """Call it before a machine's QEMU is ended."""
         if pid := (await self._found.engine.get(name)).pid:
-            self._others.spent(cpu(pid))
+            self._others.spent(process.cpu_time(pid))
 
     async def drop(self, *names: str) -> None:
         """Delete machines of ours."""
@@ -241,7 +251,7 @@ class Share:
         """0 to 1. Ask once: it counts what lives."""
         for pid in processes(self._found.state):
             if pid not in self._pids:
-                self._others.spent(cpu(pid))
+                self._others.spent(process.cpu_time(pid))
         return self._others.share()
 
 

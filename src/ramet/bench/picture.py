@@ -9,12 +9,10 @@ import itertools
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ramet.bench import bed, members
 from ramet.bench.bed import Bed
 from ramet.bench.plot import Point
-from ramet.errors import HostError
 from ramet.model import Reclaim, Spec
 from ramet.paths import MachineDir
 from ramet.vm import disk
@@ -85,15 +83,6 @@ async def without(found: Bed, name: str) -> None:
     await members.shell(found.engine, name, _WITHOUT)
 
 
-def pss(pid: int) -> int:
-    """Bytes of memory that a process costs the host: its own, and its share of what it shares. HostError: there is no such process."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    raise HostError("the measured machine ended")
-
-
 @dataclass(kw_only=True)
 class Sampler:
     """Looks at one machine until it is left. phase: what the machine does now."""
@@ -108,7 +97,7 @@ class Sampler:
     async def look(self) -> None:
         for number in itertools.count():
             await asyncio.sleep(self.began + number * _PERIOD - time.monotonic())
-            memory, blocks = await asyncio.to_thread(lambda: (pss(self.pid), disk.allocated(self.files)))
+            memory, blocks = await asyncio.to_thread(lambda: (members.resident(self.pid, "Pss"), disk.allocated(self.files)))
             at = time.monotonic() - self.began
             self.points.append(Point(seconds=at, machine=self.name, memory=memory, disk=blocks, phase=self.phase))
 
@@ -125,9 +114,8 @@ class Sampler:
 async def sampled(found: Bed, name: str, title: str, points: list[Point]) -> AsyncIterator[Sampler]:
     """Samples of a machine for as long as the body takes."""
     machine = await found.engine.get(name)
-    if not machine.pid:
-        raise HostError(f"{name} is {machine.state}: {machine.reason}")
-    sampler = Sampler(name=title, pid=machine.pid, files=found.state.machine(machine.id), points=points, began=time.monotonic())
+    pid = await members.pid_of(found.engine, name)
+    sampler = Sampler(name=title, pid=pid, files=found.state.machine(machine.id), points=points, began=time.monotonic())
     task = asyncio.create_task(sampler.look())
     try:
         yield sampler

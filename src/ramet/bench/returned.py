@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+from ramet import process
 from ramet.bench import members
 from ramet.bench.bed import Bed
-from ramet.errors import HostError
 from ramet.model import Reclaim
 from ramet.vm import disk
 
@@ -61,27 +60,13 @@ async def watch(cost: Callable[[], int], size: int, limit: float, enough: float,
 
 
 def private(pid: int) -> int:
-    """Bytes of memory that a process shares with nobody. HostError: there is no such process."""
-    total = 0
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(("Private_Clean:", "Private_Dirty:")):
-                total += int(line.split()[1]) << 10
-    except OSError:
-        raise HostError("the measured machine ended") from None
-    return total
-
-
-async def _pid(found: Bed, name: str) -> int:
-    machine = await found.engine.get(name)
-    if not machine.pid:
-        raise HostError(f"{name} is {machine.state}: {machine.reason}")
-    return machine.pid
+    """Bytes of memory that a process shares with nobody."""
+    return members.resident(pid, "Private_Clean", "Private_Dirty")
 
 
 async def freed(found: Bed, name: str, mebibytes: int, limit: float) -> Back:
     """Memory that the guest used and freed: a file in a tmpfs, deleted."""
-    pid = await _pid(found, name)
+    pid = await members.pid_of(found.engine, name)
     await members.reported(found.engine, name)
     await members.written(found.engine, name, mebibytes)
     await members.reported(found.engine, name)  # what writing it needed besides
@@ -90,7 +75,7 @@ async def freed(found: Bed, name: str, mebibytes: int, limit: float) -> Back:
 
 async def cold(found: Bed, name: str, mebibytes: int, limit: float) -> Back:
     """The page cache of a file that was read once."""
-    pid = await _pid(found, name)
+    pid = await members.pid_of(found.engine, name)
     await members.shell(found.engine, name, _KEEP, "1", str(mebibytes))
     await members.shell(found.engine, name, _DROP)
     await members.reported(found.engine, name)
@@ -138,7 +123,7 @@ async def slowdown(found: Bed, name: str, lines: int, rounds: int, pairs: int) -
 
     rounds: of sorting so many lines; together they should take longer than the policy waits before it takes anything.
     """
-    pid = await _pid(found, name)
+    pid = await members.pid_of(found.engine, name)
     await members.shell(found.engine, name, f"seq $1 > {_DIRECTORY}/work", str(lines))
     times: dict[Reclaim, list[tuple[float, float]]] = {Reclaim.OFF: [], Reclaim.EAGER: []}
     await _looped(found, name, pid, 1)
@@ -153,6 +138,6 @@ async def slowdown(found: Bed, name: str, lines: int, rounds: int, pairs: int) -
 
 
 async def _looped(found: Bed, name: str, pid: int, rounds: int) -> tuple[float, float]:
-    cpu = members.cpu(pid)
+    cpu = process.cpu_time(pid)
     begin, _, end, _ = map(float, (await members.shell(found.engine, name, _LOOP, str(rounds))).split())
-    return end - begin, members.cpu(pid) - cpu
+    return end - begin, process.cpu_time(pid) - cpu

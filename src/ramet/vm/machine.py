@@ -118,6 +118,13 @@ async def kill(files: MachineDir) -> None:
                     os.close(fd)
 
 
+async def _obituary(files: MachineDir, hint: str = "") -> MachineFailedError:
+    """The error for a QEMU that has ended; its shim may still be writing down how."""
+    await kill(files)
+    death = postmortem(files)
+    return MachineFailedError(death.reason, hint=hint, details={"log": death.log})
+
+
 class Vm:
     """A running QEMU with its monitor and its guest's agent. on_change is called when the agent comes or goes."""
 
@@ -174,9 +181,7 @@ class Vm:
         except ProcessLookupError:
             fd = None
         if pid is None or fd is None:
-            await kill(files)  # QEMU is gone; its shim may still be writing down how
-            death = postmortem(files)
-            raise MachineFailedError(death.reason, details={"log": death.log})
+            raise await _obituary(files)
         vm = cls(files, pid, fd)
         try:
             vm._qmp = await Qmp.connect(files.qmp, deadline=SPAWN_DEADLINE, on_event=vm._event)
@@ -184,9 +189,7 @@ class Vm:
             dead = await vm._dies_within(_CLOSING)  # a QEMU that ends closes its sockets first
             await vm.release()
             if dead:
-                await kill(files)
-                death = postmortem(files)
-                raise MachineFailedError(death.reason, details={"log": death.log}) from error
+                raise await _obituary(files) from error
             raise
         except BaseException:
             await vm.release()
@@ -224,7 +227,7 @@ class Vm:
         await asyncio.wait(both, timeout=LOAD_DEADLINE, return_when=asyncio.FIRST_COMPLETED)
         if not loaded.done() or loaded.result() != "completed":
             if await self._dies_within(_CLOSING):
-                await self._settled()
+                await kill(self.files)
             last = (tail(self.files.qemu_log).strip().splitlines() or ["no message"])[-1]
             raise MachineFailedError(f"QEMU could not load the snapshot's device state: {last}", details={"log": tail(self.files.qemu_log)})
 
@@ -250,9 +253,7 @@ class Vm:
                 guest.abort("given up")
             # A QEMU that ends closes its sockets first.
             if isinstance(error, MachineFailedError | OSError) and await self._dies_within(_DYING):
-                await self._settled()
-                death = postmortem(self.files)
-                raise MachineFailedError(death.reason, hint=getattr(error, "hint", ""), details={"log": death.log}) from error
+                raise await _obituary(self.files, getattr(error, "hint", "")) from error
             if isinstance(error, OSError):
                 raise MachineFailedError(f"QEMU's agent port does not answer: {error.strerror}") from error
             raise
@@ -297,9 +298,7 @@ class Vm:
             if self.dead.cancelled():
                 raise MachineFailedError("the machine was let go")
             if self.dead.done() and (failed or not talking.done()):
-                await self._settled()
-                death = postmortem(self.files)
-                raise MachineFailedError(death.reason, details={"log": death.log})
+                raise await _obituary(self.files)
             if self._stuck.done() and not talking.done():
                 raise self._stuck.result()
             return await talking
@@ -347,10 +346,6 @@ class Vm:
         self.dead.set_result(None)
         if self._guest:
             self._guest.abort("the machine ended")
-
-    async def _settled(self) -> None:
-        """After QEMU's end: wait for the shim to write it down."""
-        await kill(self.files)
 
     async def power_off(self, *, deadline: float | None = None) -> str:
         """The ladder: ask the agent, then ACPI's power button, then QEMU, then SIGKILL. Always ends; returns how, when it had to be impolite."""

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ramet import kernels, process
-from ramet.errors import RametError
+from ramet.errors import HostError, RametError
 from ramet.kernels import Kernel
 from ramet.model import Accelerator
 from ramet.vm import argv
 
 DEVICE = Path("/dev/kvm")
 DEADLINE = 8.0  # seconds; with KVM the floor prints its line in well under one
+_FORCED = "RAMET_ACCEL"
 _MEMORY = 256 << 20
 _PAGE = 4096
 _WHOLE = f"read {_PAGE}/{_PAGE} bytes"  # what QEMU's own tester says when the page that it wrote was read back
@@ -35,22 +36,28 @@ class Probe:
 
 def _key(kernel: Kernel, qemu: str) -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {kernel.digest} {qemu} {os.geteuid()}"
+    return f"{boot} {kernel.digest} {qemu} {os.geteuid()} {os.environ.get(_FORCED, '')}".rstrip()
 
 
 async def probe(cache: Path, kernel: Kernel, qemu: str) -> Probe:
-    """What `kernel` can use on this host. Probed once for each boot of the host, kernel, and QEMU version; `cache` keeps the answer."""
+    """What `kernel` can use on this host. Probed once for each boot of the host, kernel, QEMU version and RAMET_ACCEL; `cache` keeps the answer."""
     key = _key(kernel, qemu)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads(cache.read_text())
         if found["key"] == key:
             return Probe(accelerator=Accelerator(found["accelerator"]), reason=found["reason"], uring=str(found["uring"]), key=key)
     uring = await why_no_uring(cache.parent)
-    if forced := os.environ.get("RAMET_ACCEL"):
-        return Probe(accelerator=Accelerator(forced), reason="RAMET_ACCEL says so", uring=uring, key=key)
-    reason = await _why_not(kernel)
-    accelerator = Accelerator.TCG if reason else Accelerator.KVM
-    result = Probe(accelerator=accelerator, reason=reason or "a guest booted with it", uring=uring, key=key)
+    if forced := os.environ.get(_FORCED):
+        if forced not in list(Accelerator):
+            raise HostError(
+                f"{_FORCED} is {forced!r}", hint=f"Set it to {' or '.join(Accelerator)}, or unset it (what works is found out)."
+            )
+        accelerator, reason = Accelerator(forced), f"{_FORCED} says so"
+    elif reason := await _why_not(kernel):
+        accelerator = Accelerator.TCG
+    else:
+        accelerator, reason = Accelerator.KVM, "a guest booted with it"
+    result = Probe(accelerator=accelerator, reason=reason, uring=uring, key=key)
     temporary = cache.with_suffix(".new")
     temporary.write_text(json.dumps(asdict(result)))
     temporary.rename(cache)
