@@ -1,4 +1,4 @@
-"""Every test: the marker of its tier, and a check that it leaves nothing behind. The fixtures that need a host are in `fixtures.py`."""
+"""Every test: the marker of its tier, a check that it leaves nothing behind; sessions that share a tier. Fixtures that need a host are in `fixtures.py`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ TIERS = ("unit", "host", "machine", "perf")
 TASK_PATIENCE = 10.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share", type=Path, metavar="DIRECTORY", help="run only files of tests that no other session of this directory has begun"
+    )
+
+
 def tier(item: pytest.Item) -> str:
     """The directory below tests/ that a test is in."""
     return item.path.relative_to(Path(__file__).parent).parts[0]
@@ -37,6 +43,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # After fixtures of wider scope, before the test's own: what those start they must end.
         names = item.fixturenames
         names.insert(names.index("leaks_of_test") + 1, "tasks_of_session" if shared else "tasks_of_function")
+
+
+def _share(items: list[pytest.Item], taken: Path) -> Iterator[pytest.Item]:
+    """The tests of those files that nobody had taken when their turn came. The longest come first, so that sessions end at about the same time."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    taken.mkdir(exist_ok=True)
+    for path in sorted(files, key=lambda path: -path.stat().st_size):
+        try:
+            (taken / path.name).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        yield from files[path]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """As pytest's own, over what is ours as we come to it."""
+    taken: Path | None = session.config.getoption("share")
+    if taken is None or session.config.option.collectonly or session.testsfailed:
+        return None
+    items = _share(session.items, taken)
+    item = next(items, None)
+    while item:
+        following = next(items, None)  # what it does not need of the fixtures ends with this one
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        item = following
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -49,10 +49,7 @@ async def artifacts(scratch: Scratch) -> AsyncIterator[Artifacts]:
             patch.delenv(name, raising=False)
         store = StateDir(root=cache / "images")
         store.create()
-        # beside the store, not in the scratch directory: an image is known again by the path it came from
-        layout = cache / "tools" / "tiny"
-        shutil.rmtree(layout, ignore_errors=True)
-        made = tiny.layout(layout)
+        made = tiny.kept()
         try:
             await Host(store).boot()
             await images.ensure(store, made.reference, progress=lambda step, fraction: None)
@@ -78,7 +75,7 @@ class States:
             shutil.copy(self.artifacts.store.kvm, state.kvm)
         state.create()
         self.made.append(state)
-        self.scratch.states.append(state)
+        self.scratch.add(state)
         return state
 
 

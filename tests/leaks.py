@@ -24,10 +24,26 @@ _NAP = 0.05
 
 @dataclass
 class Scratch:
-    """The directory below which a test session does everything, and the state directories in it."""
+    """The directory below which a test session does everything, and the state directories in it. Those of other sessions are beside it."""
 
     root: Path
     states: list[StateDir] = field(default_factory=list)
+
+    @property
+    def prefix(self) -> str:
+        """Of every path in it; without the last character it would be that of another session's too."""
+        return f"{self.root}/"
+
+    def add(self, state: StateDir) -> None:
+        """A state directory; sessions beside this one hear of it."""
+        self.states.append(state)
+        with open(self.root / "states", "a") as file:
+            file.write(f"{state.root}\n")
+
+    def is_strangers(self, machine: str) -> bool:
+        """Whether a machine is one of a session beside this one."""
+        lists = [path for path in self.root.parent.glob("*/states") if path.parent != self.root]
+        return any(Path(line, "machines", machine).exists() for path in lists for line in _read(str(path)).decode().splitlines())
 
 
 @dataclass(frozen=True)
@@ -80,13 +96,14 @@ def descendants(of: int) -> set[int]:
 
 
 _WORKER = "ramet.store.imagefs"
+_FETCHER = "ramet.store.fetcher"
 
 
 def processes(scratch: Scratch, *, thorough: bool) -> dict[int, Process]:
     """Our descendants and, thoroughly, every process of the system that works in the scratch directory."""
     pids = descendants(os.getpid())
     if thorough:
-        mark, root = os.fsencode(scratch.root), str(scratch.root)
+        mark, root = os.fsencode(scratch.prefix), scratch.prefix
         everyone = {int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()} - {os.getpid()}
         pids |= {pid for pid in everyone - pids if _is_ours(pid, mark) or _holds(pid, root)}
         pids -= _ancestors()
@@ -94,7 +111,7 @@ def processes(scratch: Scratch, *, thorough: bool) -> dict[int, Process]:
     for pid in pids:
         if (started := process.start_time(pid)) is not None:
             command = _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
-            if _WORKER in command and _WORKER.encode() in _read(f"/proc/{_parent(pid)}/cmdline"):
+            if (_WORKER in command or _FETCHER in command) and _WORKER.encode() in _read(f"/proc/{_parent(pid)}/cmdline"):
                 continue  # of the image file system: its keeper is looked at, and replaces them
             found[pid] = Process(pid, started, command[:200] or "?")
     return found
@@ -111,7 +128,7 @@ def _ancestors() -> set[int]:
 
 
 def _mounts(scratch: Scratch) -> set[str]:
-    return {line for line in _read("/proc/self/mountinfo").decode(errors="replace").splitlines() if str(scratch.root) in line}
+    return {line for line in _read("/proc/self/mountinfo").decode(errors="replace").splitlines() if scratch.prefix in line}
 
 
 def _fds() -> set[str]:
@@ -123,19 +140,31 @@ def _fds() -> set[str]:
     return {each for each in found if not each.endswith(("[eventpoll]", f"/proc/{os.getpid()}/fd", "/ramet.db", "/ramet.db-wal"))}
 
 
-def _networks() -> set[str]:
-    names = {f"device {path.name}" for path in Path("/sys/class/net").iterdir()}
-    if (spaces := Path("/run/netns")).is_dir():
-        names |= {f"namespace {path.name}" for path in spaces.iterdir()}
-    return names
+def _networks(scratch: Scratch) -> set[str]:
+    """Devices and namespaces of Ramet's, which are named after a process: not those of a stranger's that lives."""
+    spaces = Path("/run/netns")
+    found = {f"device {path.name}" for path in Path("/sys/class/net").glob("ramet*")}
+    found |= {f"namespace {path.name}" for path in spaces.glob("ramet*")} if spaces.is_dir() else set()
+    return {name for name in found if not _is_strangers(name, scratch)}
 
 
-def _cgroups() -> set[str]:
-    """Empty groups only: one with a process in it is somebody's, and if that is ours, the process is named."""
+def _is_strangers(name: str, scratch: Scratch) -> bool:
+    digits = name[len(name.rstrip("0123456789")) :]
+    pid = int(digits or 0)
+    return (
+        bool(pid)
+        and Path(f"/proc/{pid}").exists()
+        and pid not in descendants(os.getpid())
+        and not _is_ours(pid, os.fsencode(scratch.prefix))
+    )
+
+
+def _cgroups(scratch: Scratch) -> set[str]:
+    """Empty groups only: one with a process in it is somebody's, and if that is ours, the process is named. Not those of sessions beside this one."""
     found = set()
     for group in [*Path("/sys/fs/cgroup").glob("ramet/*/cgroup.procs"), *Path("/sys/fs/cgroup").glob("*/ramet/*/cgroup.procs")]:
         with contextlib.suppress(OSError):
-            if not group.read_text().strip():
+            if not group.read_text().strip() and not scratch.is_strangers(group.parent.name):
                 found.add(str(group.parent))
     return found
 
@@ -168,8 +197,8 @@ def snapshot(scratch: Scratch, *, thorough: bool) -> Snapshot:
     if thorough:
         found |= {
             "mount": _mounts(scratch),
-            "network": _networks(),
-            "cgroup": _cgroups(),
+            "network": _networks(scratch),
+            "cgroup": _cgroups(scratch),
             "file": set().union(*map(_unowned, scratch.states)),
             "temporary file": {str(path) for path in (scratch.root / "tmp").iterdir()},
         }

@@ -133,8 +133,8 @@ async def fork(engine: Engine, name: str, names: list[str]) -> None:
     await sealed(engine)
 
 
-async def hibernate(engine: Engine, name: str) -> None:
-    await engine.hibernate(name)
+async def hibernate(engine: Engine, name: str, slim: bool = True) -> None:
+    await engine.hibernate(name, slim=slim)
     await sealed(engine)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import pytest
 from ramet import process, service
 from ramet.client import Client
 from ramet.errors import DaemonError, OutcomeUnknownError, RametError
-from ramet.model import Command, Port, State
+from ramet.model import Command, Machine, Port, Spec, State
 from ramet.paths import StateDir
 from tests.fixtures import Artifacts, States
 
@@ -135,11 +136,7 @@ async def test_a_caller_learns_that_the_daemon_was_killed(daemon: StateDir, arti
 
 async def test_killed_in_the_middle_of_a_creation(daemon: StateDir, artifacts: Artifacts) -> None:
     async with client(daemon) as verbs:
-        events = verbs.events()
-        hearing = asyncio.ensure_future(booting(events))
-        await asyncio.sleep(0)
-        creating = asyncio.ensure_future(verbs.create(artifacts.spec("halfway")))
-        await asyncio.wait_for(hearing, DEADLINE)
+        creating = await booting(verbs, artifacts.spec("halfway"))
         await kill(daemon)
         with pytest.raises(RametError):
             await creating
@@ -151,19 +148,20 @@ async def test_killed_in_the_middle_of_a_creation(daemon: StateDir, artifacts: A
         assert await verbs.list() == []
 
 
-async def booting(events: AsyncIterator[object]) -> None:
-    async for event in events:
-        if (activity := getattr(event, "activity", None)) and activity.step == "booting":
-            return
+async def booting(verbs: Client, spec: Spec) -> asyncio.Future[Machine]:
+    """A creation that has come so far. The daemon tells from its answer on, and so that is waited for first."""
+    async with asyncio.timeout(DEADLINE), verbs._open("GET", "/v1/events", "the events") as answer:
+        creating = asyncio.ensure_future(verbs.create(spec))
+        async for line in answer.aiter_lines():
+            if (json.loads(line).get("activity") or {}).get("step") == "booting":
+                return creating
+    raise AssertionError
 
 
 async def test_stopped_in_the_middle_of_a_creation(daemon: StateDir, artifacts: Artifacts) -> None:
     """A polite end waits for what is under way, for a while; what the caller was told is what there is."""
     async with client(daemon) as verbs:
-        hearing = asyncio.ensure_future(booting(verbs.events()))
-        await asyncio.sleep(0)
-        creating = asyncio.ensure_future(verbs.create(artifacts.spec("halfway")))
-        await asyncio.wait_for(hearing, DEADLINE)
+        creating = await booting(verbs, artifacts.spec("halfway"))
         await service.stop(daemon)
         (answer,) = await asyncio.gather(creating, return_exceptions=True)
     await service.ensure_running(daemon)

@@ -267,7 +267,7 @@ async def test_killed_while_saving(fresh: StateDir, artifacts: Artifacts, nurser
     trouble, written, count = Trouble(), [], 0
     for number, moment in enumerate(each for each in moments if each not in unlikely):
         with trouble.at(moment):
-            arguments = {"label": f"at{number}"} if verb == "snapshot" else {}
+            arguments: dict[str, object] = {"label": f"at{number}"} if verb == "snapshot" else {"slim": False}
             await nursery.die(fresh, moment, verb, name="victim", **arguments)
             async with Engine.open(fresh) as engine:
                 if (await sound(engine))["victim"].state is State.HIBERNATED:

@@ -125,13 +125,14 @@ async def test_killed_while_forking(state: StateDir, artifacts: Artifacts, nurse
 async def test_killed_while_hibernating(state: StateDir, artifacts: Artifacts, nursery: Nursery) -> None:
     await begin(state, artifacts)
     moments = await nursery.moments(state, "hibernate", name="victim")
+    slimmed = moments.index("step:giving memory back")  # which takes seconds each time, and is over when it is saved
     trouble, written, count = Trouble(), [], 0
     for number, moment in enumerate(moments):
         async with Engine.open(state) as engine:
             if (await engine.get("victim")).state is State.HIBERNATED:
                 await engine.resume("victim")
         with trouble.at(moment):
-            await nursery.die(state, moment, "hibernate", name="victim")
+            await nursery.die(state, moment, "hibernate", name="victim", slim=number <= slimmed)
             async with Engine.open(state) as engine:
                 found = (await sound(engine))["victim"]
                 if found.state is not State.RUNNING:
@@ -157,7 +158,7 @@ async def test_killed_while_resuming(state: StateDir, artifacts: Artifacts, nurs
     trouble, written, count = Trouble(), [], 0
     for number, moment in enumerate(moments):
         async with Engine.open(state) as engine:
-            await engine.hibernate("victim")
+            await engine.hibernate("victim", slim=False)
             await settled(engine)
         with trouble.at(moment):
             await nursery.die(state, moment, "resume", name="victim")

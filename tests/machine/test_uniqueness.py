@@ -350,7 +350,7 @@ def python() -> bytes:
             subprocess.run(download, cwd=work, check=True, timeout=600)
             for package in Path(work).glob("*.deb"):
                 subprocess.run(["dpkg-deb", "-x", package, f"{work}/tree"], check=True, timeout=60)
-            made = cached.with_suffix(".new")
+            made = Path(work) / "tar"
             with tarfile.open(made, "w") as tar:
                 for path in sorted(Path(work, "tree").rglob("*")):
                     if wanted(str(path.relative_to(f"{work}/tree"))) and (path.is_symlink() or path.is_file()):

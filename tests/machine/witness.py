@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,7 +27,7 @@ def binary() -> bytes:
     cached = paths.cache_dir() / "tools" / f"witness-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        made = cached.with_suffix(".new")
+        made = cached.with_suffix(f".{os.getpid()}")
         subprocess.run(["musl-gcc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", made, SOURCE], check=True, timeout=120)
         made.rename(cached)
     return cached.read_bytes()

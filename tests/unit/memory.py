@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from ramet.client import Client
 from ramet.errors import ExistsError, GuestNotFoundError, NoCapacityError, NotFoundError
@@ -343,13 +344,24 @@ class _Server(uvicorn.Server):
         yield
 
 
+_idle: list[FastAPI] = []
+
+
+@contextlib.contextmanager
+def _app(verbs: Verbs, heartbeat: float) -> Iterator[FastAPI]:
+    """An application over `verbs`. Those that served are used again: FastAPI takes half a second to look at all routes, at the first request."""
+    app = _idle.pop() if _idle else create_app(verbs, TOKEN)
+    app.state.verbs, app.state.heartbeat = verbs, heartbeat
+    yield app
+    _idle.append(app)
+
+
 @contextlib.asynccontextmanager
 async def serving(verbs: Verbs, path: Path, heartbeat: float = 15.0) -> AsyncIterator[str]:
     """A server on a Unix socket; its URL."""
-    with socket.socket(socket.AF_UNIX) as listener:
+    with socket.socket(socket.AF_UNIX) as listener, _app(verbs, heartbeat) as app:
         listener.bind(str(path))
         listener.listen(200)
-        app = create_app(verbs, TOKEN, heartbeat=heartbeat)
         config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", http="httptools", timeout_graceful_shutdown=2)
         server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
