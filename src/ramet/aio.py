@@ -19,7 +19,6 @@ from ramet.model import (
     Command,
     ForkOutcome,
     HostInfo,
-    LayerInfo,
     Machine,
     Port,
     Process,
@@ -31,6 +30,7 @@ from ramet.model import (
     State,
     TreeNode,
 )
+from ramet.storage import Collected, LayerInfo, Transfer
 from ramet.streams import AsyncProcess, AsyncTerminal, Listener
 from ramet.units import parse_size
 from ramet.verbs import Verbs
@@ -70,7 +70,7 @@ def argv(command: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class AsyncHost:
-    """What is not one machine's: snapshots, templates, layers, and who descends from whom. verbs: instead of this user's daemon."""
+    """What is not one machine's: snapshots, templates, layers, registries, and who descends from whom. verbs: instead of this user's daemon."""
 
     def __init__(self, verbs: Verbs | None = None) -> None:
         self._given = verbs
@@ -117,6 +117,38 @@ class AsyncHost:
     async def export_layer(self, layer: str) -> AsyncIterator[bytes]:
         """The layer with all it stands on, as the raw image."""
         async for part in (await self._verbs()).export_layer(layer):
+            yield part
+
+    async def push(self, snapshot: str, reference: str) -> Transfer:
+        """Send a snapshot to a registry, as REGISTRY/NAME:TAG; what is there already is not sent again. ImageError, HostError."""
+        return await (await self._verbs()).push(snapshot, reference)
+
+    async def pull(self, reference: str, *, lazy: bool = False) -> Transfer:
+        """Have a snapshot of a registry here, under its name there. lazy: without its content, which comes when it is needed and in the background.
+
+        ImageError for what is not there or not allowed, HostError for a registry that cannot be reached.
+        """
+        return await (await self._verbs()).pull(reference, lazy=lazy)
+
+    async def convert(self, image: str, name: str = "") -> Snapshot:
+        """Make an image a template (without memory), which can be pushed and then started before it is fetched. name: its own where none is given."""
+        return await (await self._verbs()).convert(image, name)
+
+    async def gc(self, *, budget: int | str | None = None, dry_run: bool = False) -> Collected:
+        """Remove what no snapshot and no machine needs. budget: bytes, or `20G`, that all layers may take: beyond it, chunks that a registry has too go."""
+        try:
+            limit = None if budget is None else parse_size(budget)
+        except ValueError as error:
+            raise SpecError(f"budget {error}") from None
+        return await (await self._verbs()).gc(budget=limit, dry_run=dry_run)
+
+    async def fsck(self, *, repair: bool = False) -> list[str]:
+        """Check all that is kept: what is wrong, a sentence each. repair: remove what can be fetched or made again."""
+        return await (await self._verbs()).fsck(repair=repair)
+
+    async def read_blob(self, digest: str, *, offset: int = 0, length: int = -1) -> AsyncIterator[bytes]:
+        """Bytes of a blob (zstd seekable). NotFoundError where they are not here."""
+        async for part in (await self._verbs()).read_blob(digest, offset=offset, length=length):
             yield part
 
 
@@ -176,6 +208,7 @@ class AsyncMachine:
     async def create_from(cls, snapshot: str, name: str, *, disk_only: bool = False, verbs: Verbs | None = None) -> AsyncMachine:
         """Make a machine from a snapshot or template; its programs go on where they were, unless disk_only, which boots its disk.
 
+        One that is not here and is named as in a registry (`ghcr.io/acme/shop:1`) is pulled first, lazily.
         NotFoundError, ExistsError when the name is taken, IncompatibleError when its memory does not fit this host (its disk does).
         """
         verbs = verbs or await _verbs()

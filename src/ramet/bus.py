@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from ramet.errors import DaemonError
-from ramet.model import Event
+from ramet.model import Activity, Event
 
 _BACKLOG = 1000
 
@@ -51,6 +52,20 @@ class Bus:
     def publish(self, event: Event) -> None:
         for subscription in list(self._subscriptions):
             subscription.offer(event)
+
+    def teller(self, verb: str, name: str) -> Callable[[str, float | None], None]:
+        """A function that tells what is being done to what is no machine; small steps of a long way are not worth an event each."""
+        told = Activity(verb=verb, step="")
+
+        def say(step: str, fraction: float | None = None) -> None:
+            nonlocal told
+            now = Activity(verb=verb, step=step, fraction=fraction)
+            if now.goes_on_from(told):
+                return
+            told = now
+            self.publish(Event(at=time.time(), kind="activity", machine=name, activity=now))
+
+        return say
 
     def subscribe(self, machine: str) -> AsyncIterator[Event]:
         """Events from this call on; machine: only this one's, empty: all."""

@@ -1,4 +1,4 @@
-"""The daemon's one background loop: guests give back what they do not use, and a host that runs low gets help."""
+"""The daemon's one background loop: guests give back what they do not use, a host that runs low gets help, layers take no more than they may."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Self
 
-from ramet import capacity, pressure, process
+from ramet import capacity, collecting, pressure, process
 from ramet.entry import Entry
 from ramet.errors import DaemonError, MachineFailedError, RametError
 from ramet.forks import Forks
@@ -18,11 +18,15 @@ from ramet.model import State
 from ramet.operations import Operations, log
 from ramet.pressure import Action, HostSample, Kind, Limits, MachineSample, Trouble
 from ramet.reclaiming import Reclaimer
-from ramet.units import format_size
+from ramet.units import format_size, parse_size
 
 EVERY = 5.0  # seconds; with five machines a look takes 0.2 ms, and a minute with all that it begins 16 ms of cpu (3 without machines)
 _CARING = 60.0  # seconds that a guest gets for what it is asked to do meanwhile
-_SWITCH = "RAMET_PRESSURE"
+_COLLECT_EVERY = (
+    3600.0  # seconds; what is deleted is collected at once, so this finds what was left for later, and what is above the budget
+)
+_COLLECT_AGAIN = 600.0  # where something was in the way
+_SWITCH, _BUDGET = "RAMET_PRESSURE", "RAMET_STORE_BUDGET"
 
 
 def wanted(environment: Mapping[str, str]) -> bool:
@@ -33,8 +37,20 @@ def wanted(environment: Mapping[str, str]) -> bool:
     return value == "on"
 
 
+def budget(environment: Mapping[str, str]) -> int | None:
+    """Bytes that layers may take before chunks that a registry has too are given up; None: any number. DaemonError for what is no size."""
+    value = environment.get(_BUDGET, "")
+    try:
+        return parse_size(value) if value else None
+    except ValueError as error:
+        raise DaemonError(f"{_BUDGET}: {error}", hint="Unset it for no limit.") from error
+
+
 class Caretaker:
-    """One host's. sample: where its samples of the host come from; None: machines are left alone however low the host is."""
+    """One host's. sample: where its samples of the host come from; None: machines are left alone however low the host is.
+
+    budget: bytes that layers may take, None: any number; looked at every hour.
+    """
 
     def __init__(
         self,
@@ -44,6 +60,7 @@ class Caretaker:
         sample: Callable[[], HostSample] | None = sample_host,
         limits: Limits = pressure.LIMITS,
         every: float = EVERY,
+        budget: int | None = None,
     ) -> None:
         self._ops = ops
         self._forks = forks
@@ -60,6 +77,9 @@ class Caretaker:
         self._cpu: dict[str, tuple[int, float, float]] = {}  # machine -> pid, when, seconds of cpu until then
         self._told: dict[str, str] = {}  # machine -> the error that the log has
         self._replenished = 0.0
+        self._budget = budget
+        self._collection: asyncio.Task[None] | None = None
+        self._collect_at = time.monotonic() + _COLLECT_EVERY
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[Self]:
@@ -68,7 +88,7 @@ class Caretaker:
         try:
             yield self
         finally:
-            tasks = [loop, *self._caring.values(), *filter(None, [self._acting])]
+            tasks = [loop, *self._caring.values(), *filter(None, [self._acting, self._collection])]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -87,6 +107,9 @@ class Caretaker:
         if not self._trouble and now - self._replenished >= capacity.RETRY_AFTER:
             self._replenished = now
             self._forks.replenish()
+        if now >= self._collect_at:
+            self._collect_at = now + _COLLECT_EVERY
+            self._collection = asyncio.create_task(self._collect())
         live = [each for each in self._ops.entries.values() if each.vm and each.record.state in (State.RUNNING, State.PAUSED)]
         self._forget({each.record.id for each in live})
         if not live:
@@ -200,3 +223,18 @@ class Caretaker:
         if task := self._caring.get(entry.record.id):
             task.cancel()
             await asyncio.wait({task})
+
+    # the disk
+
+    async def _collect(self) -> None:
+        """Beside the loop: it reads tables of all layers."""
+        try:
+            found = await collecting.collect(self._ops, budget=self._budget, dry_run=False)
+        except Exception as error:  # a full disk, a damaged table: the next time may be luckier
+            self._tell("", f"nothing was collected: {error.message if isinstance(error, RametError) else repr(error)}")
+            return
+        if found.evicted:
+            log.info("gave up %s that can be fetched again; layers take %s", format_size(found.evicted), format_size(found.stored))
+        if found.postponed:
+            self._tell("", "; ".join(found.postponed))
+            self._collect_at = time.monotonic() + _COLLECT_AGAIN

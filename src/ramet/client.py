@@ -20,7 +20,6 @@ from ramet.model import (
     FileInfo,
     ForkOutcome,
     HostInfo,
-    LayerInfo,
     Machine,
     Port,
     Process,
@@ -35,6 +34,7 @@ from ramet.model import (
 from ramet.paths import StateDir
 from ramet.records import dump, load
 from ramet.rest import BYTES, HEARTBEAT, HEARTBEAT_EVERY, STREAM, TAR, Decoder, Kind, RunReply, RunRequest, decode, to_json
+from ramet.storage import Collected, LayerInfo, Transfer
 from ramet.transport import Transport
 from ramet.verbs import WRITE_FLAGS
 
@@ -292,6 +292,31 @@ class Client:
 
     def export_layer(self, layer: str) -> AsyncIterator[bytes]:
         return self._bytes(_layer(layer, "export"), f"the export of {layer}")
+
+    # registries, and what is kept
+
+    async def push(self, snapshot: str, reference: str) -> Transfer:
+        wanted = to_json({"reference": reference})
+        return load(Transfer, await self._json("POST", _snapshot(snapshot, "push"), f"the push of {snapshot}", content=wanted))
+
+    async def pull(self, reference: str, *, lazy: bool = False) -> Transfer:
+        wanted = to_json({"reference": reference, "lazy": lazy})
+        return load(Transfer, await self._json("POST", "/v1/pull", f"the pull of {reference}", content=wanted))
+
+    async def convert(self, image: str, name: str = "") -> Snapshot:
+        wanted = to_json({"image": image, "name": name})
+        return load(Snapshot, await self._json("POST", "/v1/convert", f"the conversion of {image}", content=wanted))
+
+    async def gc(self, *, budget: int | None = None, dry_run: bool = False) -> Collected:
+        wanted = to_json({"budget": budget, "dry_run": dry_run})
+        return load(Collected, await self._json("POST", "/v1/gc", "the collection", content=wanted))
+
+    async def fsck(self, *, repair: bool = False) -> builtins.list[str]:
+        return load(list[str], await self._json("POST", "/v1/fsck", "the check", content=to_json({"repair": repair})))
+
+    def read_blob(self, digest: str, *, offset: int = 0, length: int = -1) -> AsyncIterator[bytes]:
+        path = "/v1/blobs/" + quote(digest, safe=":")
+        return self._bytes(path, f"reading {digest}", {"offset": offset, "length": length})
 
     # processes
 

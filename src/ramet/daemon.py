@@ -11,7 +11,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -23,7 +23,7 @@ from ramet.paths import StateDir
 from ramet.server.app import create_app
 from ramet.service import READY, ensure_running, status, stop
 
-__all__ = ["ensure_running", "run", "serve", "status", "stop", "token"]
+__all__ = ["embedded", "ensure_running", "run", "serve", "status", "stop", "token"]
 
 
 @contextlib.contextmanager
@@ -39,6 +39,14 @@ def _only_one(state: StateDir) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextlib.asynccontextmanager
+async def embedded(state: StateDir) -> AsyncIterator[Engine]:
+    """The verbs in this process, for programs that need no daemon. DaemonError when one holds the state directory."""
+    with _only_one(state):
+        async with Engine.open(state) as engine:
+            yield engine
 
 
 def token(state: StateDir) -> str:

@@ -68,6 +68,7 @@ SNAPSHOTS = sa.Table(
     sa.Column("slimmed", sa.Integer, nullable=False),
     sa.Column("memory_limit", sa.Integer, nullable=False),
     sa.Column("drive_layers", sa.Text, nullable=False),
+    sa.Column("origin", sa.Text, nullable=False),
     sa.Column("compatibility", sa.Text),
     sa.Index("snapshots_name", "name", unique=True, sqlite_where=sa.text("name != ''")),  # the automatic ones have none
 )
@@ -190,6 +191,18 @@ class Database:
     async def machines(self) -> list[Record]:
         """All, oldest first."""
         return await self._all(_MACHINE, MACHINES)
+
+    async def problems(self) -> list[str]:
+        """What SQLite finds wrong with the file, a sentence each."""
+
+        def work() -> list[str]:
+            with self._engine.connect() as connection:
+                return [str(line) for (line,) in connection.execute(sa.text("PRAGMA integrity_check")) if line != "ok"]
+
+        try:
+            return [f"the database is damaged: {line}; restore it from a copy" for line in await self._in_worker(work)]
+        except HostError as error:
+            return [error.message]
 
     async def add_snapshot(self, snapshot: Snapshot, machine: Record | None) -> None:
         """A new snapshot, together with what it changes of the machine. ExistsError when its name is taken."""

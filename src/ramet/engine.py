@@ -5,18 +5,35 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-import dataclasses
+import functools
 import os
 import signal as signals
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 
-from ramet import caretaker, commands, disks, guestfs, images, lifecycle, lineage, recovery, updating
+from ramet import (
+    caretaker,
+    checking,
+    collecting,
+    commands,
+    converting,
+    guestfs,
+    images,
+    lifecycle,
+    lineage,
+    pulling,
+    pushing,
+    recovery,
+    updating,
+    views,
+)
+from ramet import reference as references
 from ramet import spec as specs
 from ramet.accounting import Accounts
 from ramet.caretaker import Caretaker
 from ramet.db import Database, Record
-from ramet.errors import BusyError, ExistsError, NotFoundError, RametError, SpecError
+from ramet.errors import BusyError, ExistsError, ImageError, LayerError, NotFoundError, RametError, SpecError
+from ramet.fetchwatch import Fetchwatch
 from ramet.forks import Forks
 from ramet.guest import Guest, Stream
 from ramet.host import Host
@@ -28,7 +45,6 @@ from ramet.model import (
     FileInfo,
     ForkOutcome,
     HostInfo,
-    LayerInfo,
     Machine,
     Port,
     Process,
@@ -44,8 +60,9 @@ from ramet.model import (
 )
 from ramet.operations import Entry, Operations
 from ramet.paths import StateDir
+from ramet.storage import Collected, LayerInfo, Transfer
+from ramet.store import fetching, remote
 from ramet.store.chain import Chain
-from ramet.store.layer import Layer
 from ramet.verbs import WRITE_FLAGS
 from ramet.vm import machine as vm
 
@@ -59,7 +76,9 @@ class Engine:
     def __init__(self, operations: Operations) -> None:
         self._ops = operations
         self._forks = Forks(operations)
+        self._fetchwatch = Fetchwatch(operations, self._forks.resume)
         self._accounts = Accounts(operations)
+        self._awaited: list[str] = []  # names of machines whose snapshots are being pulled
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -73,9 +92,10 @@ class Engine:
             try:
                 await recovery.reconcile(operations)
                 engine = cls(operations)
+                engine._fetchwatch.begin()
                 await engine._forks.recover()
                 sample = sample_host if caretaker.wanted(os.environ) else None
-                async with Caretaker(operations, engine._forks, sample=sample).working():
+                async with Caretaker(operations, engine._forks, sample=sample, budget=caretaker.budget(os.environ)).working():
                     yield engine
             finally:
                 await operations.close()
@@ -103,11 +123,11 @@ class Engine:
     async def list(self) -> builtins.list[Machine]:
         entries = [entry for entry in self._ops.entries.values() if not entry.record.pool]
         usage = await self._accounts.of(entries)
-        return [self._plain(entry, usage.get(entry.record.id, Usage())) for entry in entries]
+        return [views.machine(self._ops, entry, usage.get(entry.record.id, Usage())) for entry in entries]
 
     async def get(self, name: str) -> Machine:
         entry = self._entry(name)
-        return self._plain(entry, await self._accounts.one(entry, ask=True))
+        return views.machine(self._ops, entry, await self._accounts.one(entry, ask=True))
 
     async def start(self, name: str) -> Machine:
         entry = self._entry(name)
@@ -139,7 +159,7 @@ class Engine:
         return [
             ForkOutcome(name=child, error={"code": made.code, "message": made.message, "hint": made.hint})
             if isinstance(made, RametError)
-            else ForkOutcome(name=child, machine=self._plain(made))
+            else ForkOutcome(name=child, machine=views.machine(self._ops, made))
             for child, made in outcomes.items()
         ]
 
@@ -150,7 +170,7 @@ class Engine:
 
     async def resume(self, name: str) -> Machine:
         entry = self._entry(name)
-        await self._forks.resume(entry)
+        await (self._fetchwatch.hurry if entry.waiting else self._forks.resume)(entry)
         return await self._view(entry)
 
     async def hibernate(self, name: str, *, slim: bool = True) -> Machine:
@@ -178,8 +198,23 @@ class Engine:
         return await self._view(entry)
 
     async def create_from(self, snapshot: str, name: str, *, disk_only: bool = False) -> Machine:
-        found = lineage.find(self._ops.snapshots, snapshot)
-        return self._plain(await self._forks.create_from(found, name, disk_only=disk_only))
+        self._forks.require_free([name])
+        found = await self._here(snapshot, name)
+        return views.machine(self._ops, await self._forks.create_from(found, name, disk_only=disk_only))
+
+    async def _here(self, name: str, machine: str) -> Snapshot:
+        """The snapshot of this name, pulled where only a registry can have it: lazily, for a machine that is to be made."""
+        try:
+            return lineage.find(self._ops.snapshots, name)
+        except NotFoundError:
+            if not _in_registry(name):
+                raise
+        self._awaited.append(machine)
+        try:
+            done = await pulling.pull(self._ops, name, lazy=True, say=self._ops.bus.teller("pull", machine))
+        finally:
+            self._awaited.remove(machine)
+        return lineage.find(self._ops.snapshots, done.snapshot)
 
     async def template(self, snapshot: str, *, label: str = "", pool: int = 0) -> Snapshot:
         return await self._saved(await self._forks.template(lineage.find(self._ops.snapshots, snapshot), label, pool))
@@ -197,21 +232,58 @@ class Engine:
 
     async def layers(self) -> builtins.list[LayerInfo]:
         found = await asyncio.to_thread(self._ops.store.layers)
-        return [self._layer(each) for each in sorted(found, key=lambda each: each.created_at)]
+        oldest = sorted(found, key=lambda each: each.created_at)
+        return await asyncio.to_thread(lambda: [views.layer(self._ops, each) for each in oldest])
 
     async def get_layer(self, layer: str) -> LayerInfo:
-        return self._layer(await asyncio.to_thread(self._ops.store.get, layer))
+        return await asyncio.to_thread(lambda: views.layer(self._ops, self._ops.store.get(layer)))
 
     async def verify_layer(self, layer: str) -> builtins.list[str]:
         return await asyncio.to_thread(self._ops.store.verify, layer)
 
     async def export_layer(self, layer: str) -> AsyncIterator[bytes]:
-        chain = await asyncio.to_thread(Chain.open, self._ops.store.files, layer)
+        files = self._ops.store.files
+        fetch = functools.partial(fetching.fetch_now, files, layer, nudge=self._ops.layers.nudge)
+        if (await asyncio.to_thread(self._ops.store.get, layer)).origin:
+            await self._ops.use_layers()  # with the file system there is somebody who fetches
+        chain = await asyncio.to_thread(Chain.open, files, layer, fetch=fetch)
         try:
             for offset in range(0, chain.size, _PIECE):
                 yield b"".join(await asyncio.to_thread(chain.read, offset, _PIECE))
         finally:
             chain.close()
+
+    # registries, and what is kept
+
+    async def push(self, snapshot: str, reference: str) -> Transfer:
+        found = lineage.find(self._ops.snapshots, snapshot)
+        return await pushing.push(self._ops, self._forks.sealer, found, reference, self._ops.bus.teller("push", reference))
+
+    async def pull(self, reference: str, *, lazy: bool = False) -> Transfer:
+        return await pulling.pull(self._ops, reference, lazy=lazy, say=self._ops.bus.teller("pull", reference))
+
+    async def convert(self, image: str, name: str = "") -> Snapshot:
+        return await self._saved(await converting.convert(self._ops, image, name, self._ops.bus.teller("convert", image)))
+
+    async def gc(self, *, budget: int | None = None, dry_run: bool = False) -> Collected:
+        return await collecting.collect(self._ops, budget=budget, dry_run=dry_run)
+
+    async def fsck(self, *, repair: bool = False) -> builtins.list[str]:
+        return await checking.check(self._ops, repair=repair)
+
+    async def read_blob(self, digest: str, *, offset: int = 0, length: int = -1) -> AsyncIterator[bytes]:
+        fd, end = await asyncio.to_thread(remote.lend, self._ops.store.files, digest, offset, length)
+        try:
+            while offset < end:
+                piece = await asyncio.to_thread(os.pread, fd, min(_PIECE, end - offset), offset)
+                if not piece:
+                    raise LayerError(f"blob {digest} is cut short")
+                yield piece
+                offset += len(piece)
+        finally:
+            os.close(fd)
+
+    # logs
 
     async def logs(self, name: str, *, source: str = "console", lines: int = 200) -> bytes:
         entry = self._entry(name)
@@ -340,7 +412,9 @@ class Engine:
         await forward.close()
 
     def events(self, name: str = "") -> AsyncIterator[Event]:
-        return self._ops.bus.subscribe(self._entry(name).record.name if name else "")
+        # What is pushed, pulled and converted has a name that no machine can have.
+        known = name in ("", *self._awaited) or any(mark in name for mark in "@:/")
+        return self._ops.bus.subscribe(name if known else self._entry(name).record.name)
 
     # lookups
 
@@ -382,57 +456,14 @@ class Engine:
 
     async def _view(self, entry: Entry) -> Machine:
         """The machine as users see it, with what it costs now."""
-        return self._plain(entry, await self._accounts.one(entry))
-
-    def _plain(self, entry: Entry, usage: Usage | None = None) -> Machine:
-        """The machine as users see it. Without what it costs where a fork waits for the answer: counting takes 15 ms for each."""
-        record = entry.record
-        internal = {"initialised", "source_id", "snapshot_id", "memory_layer", "pool"}
-        same = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.name not in internal}
-        source, point = (self._ops.snapshots.get(each) for each in (record.source_id, record.snapshot_id))
-        return Machine(
-            **same,
-            pid=entry.vm.pid if entry.vm and not entry.vm.dead.done() else None,
-            network=self._ops.host.network.name,
-            ports=tuple(forward.port for forward in entry.forwards.values()),
-            activity=entry.activity,
-            usage=usage,
-            parent=source.machine if source else "",
-            snapshot=point.title if point else "",
-            memory_granted=entry.vm.granted if entry.vm else None,
-        )
+        return views.machine(self._ops, entry, await self._accounts.one(entry))
 
     async def _saved(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot as users see it."""
-        records = [entry.record for entry in self._ops.entries.values()]
-        stored = 0
-        for layer in snapshot.layers:
-            with contextlib.suppress(RametError):
-                stored += (await asyncio.to_thread(self._ops.store.get, layer)).stored_bytes
-        return dataclasses.replace(
-            snapshot,
-            stored=stored,
-            pooled=sum(each.pool == snapshot.id and each.state is State.PAUSED for each in records),
-            dependents=lineage.dependents(snapshot, records, self._ops.snapshots.values()),
-        )
+        return await asyncio.to_thread(views.snapshot, self._ops, snapshot)
 
-    def _layer(self, layer: Layer) -> LayerInfo:
-        users = {
-            each.record.name: {each.record.memory_layer, *disks.layers_of(self._ops.state.machine(each.record.id))}
-            for each in self._ops.entries.values()
-        }
-        users |= {each.title: set(each.layers) for each in self._ops.snapshots.values()}
-        return LayerInfo(
-            id=layer.id,
-            kind=layer.kind,
-            size=layer.size,
-            parent=layer.parent,
-            chain=layer.chain,
-            sealed=layer.sealed,
-            blobs=layer.blobs,
-            data=layer.data_bytes,
-            zero=layer.zero_bytes,
-            stored=layer.stored_bytes,
-            created_at=layer.created_at,
-            used_by=tuple(name for name, used in users.items() if layer.id in used),
-        )
+
+def _in_registry(name: str) -> bool:
+    """Whether a snapshot's name is one that a registry could have it by."""
+    with contextlib.suppress(ImageError):
+        return "/" in name and isinstance(references.parse(name), references.Registry)
+    return False

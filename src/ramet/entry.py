@@ -10,15 +10,19 @@ from ramet import capacity
 from ramet.capacity import Claim
 from ramet.commands import Forward
 from ramet.db import Record
+from ramet.errors import AbsentError, RametError, StateError
 from ramet.guest import Stream
 from ramet.lifecycle import Operation
 from ramet.model import Activity, ImageConfig
 from ramet.vm.machine import Vm
 
+_HINT = "`ramet resume` tries again at once, `ramet stop --force` ends it."
+_NEED_NO_MEMORY = frozenset({Operation.STOP, Operation.DELETE, Operation.RESTORE, Operation.PAUSE, Operation.UNPAUSE})
+
 
 @dataclass(eq=False)
 class Entry:
-    """One machine. last_used: when somebody last used it; monotonic seconds."""
+    """One machine. last_used: when somebody last used it; monotonic seconds. waiting: for what of its memory, which a registry has and does not give."""
 
     record: Record
     image: ImageConfig = field(default_factory=ImageConfig)
@@ -27,6 +31,7 @@ class Entry:
     task: asyncio.Task[None] | None = None
     activity: Activity | None = None
     started: float = 0.0  # when its QEMU was; Unix time
+    waiting: str = ""
     doom: str = ""  # why we are about to end its QEMU, in place of how that will look
     touched: list[tuple[int, int]] = field(default_factory=list)  # what children of earlier forks needed of its memory first
     streams: dict[int, Stream] = field(default_factory=dict)
@@ -36,3 +41,18 @@ class Entry:
     def claim(self) -> Claim | None:
         """What it has of the host's memory."""
         return capacity.claim(self.record, self.operation, alive=bool(self.vm), granted=self.vm.granted if self.vm else None)
+
+    def require_memory(self, operation: Operation) -> None:
+        """StateError where the operation needs what the machine itself waits for."""
+        if self.waiting and operation not in _NEED_NO_MEMORY:
+            raise self.stalled()
+
+    def stalled(self) -> StateError:
+        """Why it cannot be used."""
+        return StateError(f"{self.record.name} {self.waiting}", hint=_HINT, details={"state": self.record.state})
+
+    def because(self, error: BaseException) -> BaseException:
+        """The error of an operation that failed; where the machine waited meanwhile, that is why it did."""
+        if self.waiting and isinstance(error, RametError):
+            return AbsentError(f"{self.record.name} {self.waiting}", details=error.details)
+        return error

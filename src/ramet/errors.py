@@ -69,6 +69,12 @@ class LayerError(RametError):
     code, status, exit = "layer", 500, 7
 
 
+class AbsentError(LayerError):
+    """Chunks of a layer are in a registry only; when it reaches a user, they could not be fetched. details: blob, offset."""
+
+    code, status = "absent", 503
+
+
 class IncompatibleError(RametError):
     """A snapshot's memory does not fit this host; the message says in what. Its disk does."""
 

@@ -29,7 +29,7 @@ class Forks:
 
     def __init__(self, ops: Operations) -> None:
         self._ops = ops
-        self._sealer = Sealer(ops, self.refill)
+        self.sealer = Sealer(ops, self.refill)
         self._refills: dict[str, asyncio.Task[None]] = {}
         self._short: set[str] = set()  # snapshots whose pools the host had no room for
         ops.on_end = self._ended
@@ -48,7 +48,7 @@ class Forks:
             made.append(await saving.save(self._ops, held, name=name, memory=memory))
 
         await self._saved(entry, Operation.SNAPSHOT, work)
-        self._sealer.add(made[0], test=test)
+        self.sealer.add(made[0], test=test)
         return self._ops.snapshots[made[0].id]
 
     def _untaken(self, name: str, *, but: str = "") -> None:
@@ -58,7 +58,7 @@ class Forks:
 
     async def fork(self, entry: Entry, names: Sequence[str]) -> dict[str, Entry | RametError]:
         """Machines that go on from this one's present instant; what became of each."""
-        self._free(names)
+        self.require_free(names)
         gate = asyncio.Semaphore(_AT_ONCE)
         children: dict[str, asyncio.Task[Entry | RametError]] = {}
         made: list[Snapshot] = []
@@ -91,7 +91,7 @@ class Forks:
             if children:
                 await asyncio.wait(children.values())
             if made and made[0].id in self._ops.snapshots:
-                self._sealer.add(made[0], test=False)
+                self.sealer.add(made[0], test=False)
             self._ops.spawn(self.sweep())
         outcomes = {name: children[name].result() for name in names}
         if not entry.touched:
@@ -104,7 +104,7 @@ class Forks:
         given: list[int] = []
 
         async def work(held: Entry) -> None:
-            given.append(await compacting.compact(self._ops, self._sealer, held))
+            given.append(await compacting.compact(self._ops, self.sealer, held))
 
         await self._saved(entry, Operation.COMPACT, work)
         return given[0]
@@ -139,7 +139,8 @@ class Forks:
         free = (f"{entry.record.name}-{number}" for number in range(1, len(taken) + count + 1))
         return [name for name in free if name not in taken][:count]
 
-    def _free(self, names: Sequence[str]) -> None:
+    def require_free(self, names: Sequence[str]) -> None:
+        """SpecError, ExistsError: machines cannot be called so."""
         taken = {each.record.name for each in self._ops.entries.values()}
         for name in names:
             specs.check(Spec(name=name))
@@ -150,7 +151,7 @@ class Forks:
 
     async def create_from(self, found: Snapshot, name: str, *, disk_only: bool = False) -> Entry:
         """A new machine from a snapshot: a parked one where there is one."""
-        self._free([name])
+        self.require_free([name])
         if not disk_only and (parked := self._parked(found)):
             return await self._claim(parked[0], found, name)
         return await self._create(dataclasses.replace(found, memory=False, memory_layer="") if disk_only else found, name)
@@ -226,7 +227,7 @@ class Forks:
             self._ops.note(held, reason=reason)
 
         await self._saved(entry, Operation.HIBERNATE, work)
-        self._sealer.add(self._ops.snapshots[entry.record.snapshot_id], test=False)
+        self.sealer.add(self._ops.snapshots[entry.record.snapshot_id], test=False)
 
     async def resume(self, entry: Entry) -> None:
         if entry.record.state is not State.HIBERNATED:
@@ -389,10 +390,10 @@ class Forks:
                 await self._ops.drop(entry)
         for found in list(self._ops.snapshots.values()):
             if found.state in (SnapshotState.SAVING, SnapshotState.TESTING):
-                self._sealer.add(found, test=bool(found.name))
+                self.sealer.add(found, test=bool(found.name))
             elif found.pool:
                 self.refill(found)
-        self._ops.spawn(compacting.finish(self._ops, self._sealer))
+        self._ops.spawn(compacting.finish(self._ops, self.sealer))
         await self.sweep()
 
 

@@ -3,6 +3,8 @@
     STATE/images/sha256-…/disk.raw     sparse ext4; machines have it as the base of their own disk
                           image.json   written last before the directory is published by a rename
 
+An image may be without a disk: that of a snapshot which was pulled lies in layers.
+
 Making one leaves either all of it or nothing: work directories are locked by their makers, and those of dead makers are removed by the next call.
 """
 
@@ -27,7 +29,7 @@ from ramet.errors import ImageError, NoSpaceError, NotFoundError
 from ramet.model import Image, ImageConfig
 from ramet.paths import ImageDir, StateDir
 from ramet.reference import Debian, Registry, Source, parse
-from ramet.store.disk import sync
+from ramet.store.disk import guard, replace, sync
 from ramet.watch import Progress
 
 _WORK = ".work-"
@@ -36,10 +38,11 @@ _LOCK = ".lock-"
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """image.json. origin: the digest of the index through which a registry named the image, else the image's own."""
+    """image.json. origin: the digest of the index through which a registry named the image, else the image's own. layer: what its disk is as a layer."""
 
     image: Image
     origin: str
+    layer: str = ""
     version: int = 1
 
 
@@ -57,13 +60,13 @@ async def ensure(state: StateDir, reference: str, *, progress: Progress) -> Imag
         await _sweep(state.images)
         progress("looking up the image", None)
         found = await _find(state, source)
-        if image := load(state, found.digest):
+        if image := load(state, found.digest, disk=True):
             return dataclasses.replace(image, reference=reference)
         await userns.check()
         userns.require("mke2fs", *(("mmdebstrap",) if isinstance(source, Debian) else ("skopeo", "umoci")))
         lock = state.images / f"{_LOCK}{found.digest.replace(':', '-')}"
         async with locks.exclusive(lock, lambda: progress("waiting for another that makes this image", None)):
-            if image := load(state, found.digest):
+            if image := load(state, found.digest, disk=True):
                 return dataclasses.replace(image, reference=reference)
             async with _workdir(state.images) as work:
                 config = await _make(source, found, work, progress)
@@ -80,10 +83,11 @@ def list_images(state: StateDir) -> list[Image]:
     return sorted((record.image for record in _records(state)), key=lambda image: image.created_at)
 
 
-def load(state: StateDir, digest: str) -> Image | None:
-    """An image of the cache, by digest."""
-    record = _load(state.image(digest))
-    return record.image if record else None
+def load(state: StateDir, digest: str, *, disk: bool = False) -> Image | None:
+    """An image of the cache, by digest. disk: only one that has a disk to start new machines with."""
+    place = state.image(digest)
+    record = _load(place)
+    return record.image if record and (not disk or place.disk.is_file()) else None
 
 
 async def remove_image(state: StateDir, name: str) -> None:
@@ -168,7 +172,38 @@ def _load(place: ImageDir) -> _Record | None:
         record = _RECORDS.validate_json(place.record.read_bytes())
     except (FileNotFoundError, ValidationError):  # of another version of Ramet: made again when it is needed
         return None
-    return record if record.version == 1 and place.disk.is_file() else None
+    return record if record.version == 1 and (record.layer or place.disk.is_file()) else None
+
+
+def layer_of(state: StateDir, digest: str) -> str:
+    """The layer that an image's disk was made, or empty."""
+    record = _load(state.image(digest))
+    return record.layer if record else ""
+
+
+def set_layer(state: StateDir, digest: str, layer: str) -> None:
+    """Remember what the image's disk is as a layer. NotFoundError when there is no such image."""
+    record = _load(state.image(digest))
+    if record is None:
+        raise NotFoundError(f"no image {digest} in the cache")
+    replace(state.image(digest).record, _RECORDS.dump_json(dataclasses.replace(record, layer=layer), indent=2), durable=True)
+
+
+def admit(state: StateDir, image: Image, layer: str) -> None:
+    """Know an image whose disk is that layer and no file. One of that digest that is known already stays as it is."""
+    if load(state, image.digest):
+        return
+    place = state.image(image.digest)
+    with guard("write", place.root):
+        place.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    replace(place.record, _RECORDS.dump_json(_Record(image=image, origin=image.digest, layer=layer), indent=2), durable=True)
+    sync(state.images)
+
+
+def layers(state: StateDir) -> set[str]:
+    """Those that images with a disk of their own were made, and that are kept as long as those are."""
+    records = _records(state)
+    return {record.layer for record in records if record.layer and state.image(record.image.digest).disk.is_file()}
 
 
 def known(state: StateDir) -> list[Image]:

@@ -69,7 +69,9 @@ class _Tree:
         return self._add(TreeNode(id=f"image {digest}", parent="", kind=NodeKind.IMAGE, name=self._image_names.get(digest, digest[:19])))
 
     def origin(self, snapshot: Snapshot) -> str:
-        """The machine that a snapshot is of; one that was deleted is drawn, for its descendants."""
+        """The machine that a snapshot is of; one that was deleted is drawn, for its descendants. Its image, where it is of none: it was pulled, say."""
+        if not snapshot.machine:
+            return self.image(snapshot.image_digest)
         alive = self._by_name.get(snapshot.machine)
         if alive and alive.created_at <= snapshot.created_at:
             return self.machine(alive)

@@ -144,6 +144,12 @@ class Activity:
     step: str
     fraction: float | None = None
 
+    def goes_on_from(self, told: Activity | None) -> bool:
+        """Whether it is so small a step from what was told last that nobody need hear of it."""
+        if told is None or told.step != self.step or told.fraction is None or self.fraction is None:
+            return False
+        return 0 <= self.fraction - told.fraction < 0.01 and self.fraction < 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
@@ -229,7 +235,8 @@ class Snapshot:
     holds the running programs too, else only the disk. parent: id of the snapshot that the machine stood on. pool: how many machines
     are to be kept restored and parked; pooled: how many are. pause: seconds that the machine stood still. saved: bytes of memory that it holds beyond its
     parent's; slimmed: those that the machine gave back just before, caches and free memory. stored: bytes on the host's disk of the
-    layers that it added. memory_limit: the machine's. drive_layers: of the spec's drives, in their order. dependents: machines and snapshots that stand on it.
+    layers that it added. memory_limit: the machine's. drive_layers: of the spec's drives, in their order. origin: REGISTRY/NAME@DIGEST that it was pulled from.
+    absent: bytes of it that are still only there. dependents: machines and snapshots that stand on it.
     """
 
     id: str
@@ -254,6 +261,8 @@ class Snapshot:
     compatibility: Compatibility | None = None
     memory_limit: int = 0
     drive_layers: tuple[str, ...] = ()
+    origin: str = ""
+    absent: int = 0
     dependents: tuple[str, ...] = ()
 
     @property
@@ -303,25 +312,6 @@ class TreeNode:
     usage: Usage | None = None
     stored: int = 0
     gone: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerInfo:
-    """An immutable difference of a disk or a memory against its parent. size: of the whole in bytes; data, zero: what this layer itself holds;
-    stored: bytes on the host's disk, compressed once sealed. chain: the layers that its pages come from, itself last. used_by: machines and snapshots."""
-
-    id: str
-    kind: str
-    size: int
-    parent: str
-    chain: tuple[str, ...]
-    sealed: bool
-    blobs: tuple[str, ...]
-    data: int
-    zero: int
-    stored: int
-    created_at: float
-    used_by: tuple[str, ...] = ()
 
 
 @strict

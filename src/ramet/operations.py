@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 from ramet import bringup, capacity, cgroup, disks, guestfs, images, lifecycle, locks
@@ -23,6 +23,8 @@ from ramet.lifecycle import Operation
 from ramet.model import Activity, Event, Image, InitMode, Port, Snapshot, State
 from ramet.paths import MachineDir, StateDir
 from ramet.store import mounting
+from ramet.store.eviction import Evicted
+from ramet.store.garbage import Freed
 from ramet.store.mounting import ImageFs
 from ramet.store.store import Store
 from ramet.units import format_size
@@ -59,8 +61,9 @@ class Operations:
         self._layers_lock = asyncio.Lock()
         self._saving = 0
         self._uncollected = False
-        self._collecting = asyncio.Lock()
+        self.collecting = asyncio.Lock()
         self.on_end: Callable[[Entry], None] = lambda entry: None  # called when a QEMU ended by itself
+        self.on_layers: Callable[[], None] = lambda: None  # called when layers are going to be read
         self._background: set[asyncio.Task[Any]] = set()
 
     # the frame of every operation
@@ -77,6 +80,7 @@ class Operations:
                 hint="Wait for it; `ramet delete` ends it.",
                 details={"operation": entry.operation},
             )
+        entry.require_memory(operation)
         during = lifecycle.begin(entry.record.name, entry.record.state, operation)
         if wanted := capacity.wanted(entry.record, operation, alive=bool(entry.vm)):
             self.admit(entry, wanted)
@@ -112,7 +116,10 @@ class Operations:
             if (after := lifecycle.TABLE[operation][2]) is not None:
                 await self.set(entry, state=after)
         except BaseException as error:
-            await self._undo(entry, operation, before, error)
+            why = entry.because(error)
+            await self._undo(entry, operation, before, why)
+            if why is not error:
+                raise why from error
             raise
         finally:
             entry.operation = entry.activity = None
@@ -179,17 +186,10 @@ class Operations:
 
     def doing(self, entry: Entry, step: str, fraction: float | None = None) -> None:
         """Say what is being done; small steps of a long way are not worth an event each."""
-        old = entry.activity
-        if (
-            old
-            and old.step == step
-            and fraction is not None
-            and old.fraction is not None
-            and 0 <= fraction - old.fraction < 0.01
-            and fraction < 1
-        ):
+        now = Activity(verb=str(entry.operation), step=step, fraction=fraction)
+        if now.goes_on_from(entry.activity):
             return
-        entry.activity = Activity(verb=str(entry.operation), step=step, fraction=fraction)
+        entry.activity = now
         self.bus.publish(Event(at=time.time(), kind="activity", machine=entry.record.name, activity=entry.activity))
 
     # create, start
@@ -278,7 +278,7 @@ class Operations:
     # stop, delete
 
     async def take_down(self, entry: Entry, *, force: bool) -> None:
-        if entry.vm and not force and entry.record.state is State.STOPPING:
+        if entry.vm and not (force or entry.waiting) and entry.record.state is State.STOPPING:
             self.doing(entry, "powering off")
             if rude := await entry.vm.power_off():
                 await self.set(entry, reason=rude)
@@ -289,7 +289,7 @@ class Operations:
         for forward in list(entry.forwards.values()):
             await forward.close()
         entry.forwards.clear()
-        running, entry.vm = entry.vm, None
+        running, entry.vm, entry.waiting = entry.vm, None, ""
         if running:
             await running.release()
         files = self.state.machine(entry.record.id)
@@ -314,6 +314,7 @@ class Operations:
                 raise
             if self.layers.dead is not known:
                 self.spawn(self._layers_died(self.layers.dead))
+        self.on_layers()
 
     async def _layers_died(self, dead: asyncio.Future[str]) -> None:
         """Without the file system, a page that is not in memory yet is an I/O error or a SIGBUS, sooner or later."""
@@ -348,23 +349,36 @@ class Operations:
         points = {layer for each in list(self.snapshots.values()) for layer in each.layers}
         running = {each.record.memory_layer for each in list(self.entries.values())}
         disks_on = {layer for path in self.state.machines.iterdir() for layer in disks.layers_of(MachineDir(root=path))}
-        return frozenset((points | running | disks_on) - {""})
+        return frozenset((points | running | disks_on | images.layers(self.state)) - {""})
 
     async def collect(self) -> None:
         """Remove the layers that no snapshot and no machine needs."""
-        self._uncollected = bool(self._saving)
-        if self._uncollected:
-            return
         try:
-            async with self._collecting:  # one that meets another would leave the blobs to it, which may have looked too early
-                freed = await asyncio.to_thread(self.store.gc, self.needed_layers)
+            freed = await self.gc()
         except RametError as error:
             log.warning("layers that nothing needs could not be removed: %s", error.message)
         else:
-            self._uncollected = bool(freed.postponed)
-            self.layers.forget()  # else its workers keep removed files open
             if freed.layers:
                 log.info("removed %d layers, %s", len(freed.layers), format_size(freed.bytes))
+
+    async def gc(self, *, dry_run: bool = False) -> Freed:
+        """The same, and what went, or would. While something is saved it is left for afterwards."""
+        if self._saving:
+            self._uncollected |= not dry_run
+            return Freed(postponed=("no layers were removed: something is being saved, pushed or pulled",))
+        async with self.collecting:  # one that meets another would leave the blobs to it, which may have looked too early
+            freed = await asyncio.to_thread(self.store.gc, self.needed_layers, dry_run=dry_run)
+        if not dry_run:
+            self._uncollected = bool(freed.postponed)
+            self.layers.forget()  # else its workers keep removed files open
+        return freed
+
+    async def evict(self, excess: int, in_use: Callable[[], Iterable[str]], *, dry_run: bool = False) -> Evicted:
+        """Give up so many bytes of chunks that a registry has too; none while something is saved."""
+        if self._saving:
+            return Evicted(postponed=("no chunks were given up: something is being saved, pushed or pulled",))
+        async with self.collecting:
+            return await asyncio.to_thread(self.store.evict, excess, in_use, dry_run=dry_run)
 
     async def drop(self, entry: Entry) -> None:
         """Delete a machine, whatever it is doing."""

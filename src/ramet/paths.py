@@ -7,6 +7,7 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
   token                     the bearer token (0600), made at the first start
   ramet.db                  SQLite, WAL
   kvm.json                  the cached result of the KVM probe
+  pushes.json               which registry has which blobs, and uploads that can go on
   images/DIGEST/            one directory an image: published by rename
     disk.raw                ext4
     image.json              env, user, workdir, entrypoint, where it came from
@@ -21,11 +22,14 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
       spool runs            the pages as they were saved, and where each lies; until sealed
       index                 where each chunk lies in the blobs; once sealed
     layers/.new-ID/         being made
-    blobs/sha256-HEX        zstd seekable
+      trace                 which chunks a start touched, in order; trace.new: being recorded
+    blobs/sha256-HEX        zstd seekable; of one that is fetched when needed, holes are what is not here
+    remote/sha256-HEX       where such a blob is to be had
     mnt/                    the image file system
     imagefs.lock            flock held by the keeper: held = mounted
     imagefs.starting        flock: one who starts or stops it
     imagefs.pids imagefs.log
+    fetch.sock              who wants a chunk that is not here asks the fetcher, which the keeper starts
     faults.log              what could not be served, and why; one line each
   snapshots/ID/             published by rename, before the database knows; the layers are in store/
     snapshot.json           its record as it was made
@@ -167,6 +171,14 @@ class LayerDir:
     def index(self) -> Path:
         return self.root / "index"
 
+    @property
+    def trace(self) -> Path:
+        return self.root / "trace"
+
+    @property
+    def tracing(self) -> Path:
+        return self.root / "trace.new"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreDir:
@@ -185,6 +197,14 @@ class StoreDir:
     @property
     def blobs(self) -> Path:
         return self.root / "blobs"
+
+    @property
+    def remotes(self) -> Path:
+        return self.root / "remote"
+
+    @property
+    def fetch(self) -> Path:
+        return self.root / "fetch.sock"
 
     @property
     def mount(self) -> Path:
@@ -215,6 +235,9 @@ class StoreDir:
     def blob(self, digest: str) -> Path:
         """digest: `sha256:…`."""
         return self.blobs / digest.replace(":", "-")
+
+    def remote(self, digest: str) -> Path:
+        return self.remotes / digest.replace(":", "-")
 
     def served(self, layer_id: str) -> Path:
         """The layer, with all it stands on, as one raw file."""
@@ -256,6 +279,10 @@ class StateDir:
         return self.root / "kvm.json"
 
     @property
+    def pushes(self) -> Path:
+        return self.root / "pushes.json"
+
+    @property
     def images(self) -> Path:
         return self.root / "images"
 
@@ -290,6 +317,15 @@ class StateDir:
 
     def create(self) -> None:
         """Make the directories, for the owner only: disks and memories hold secrets."""
-        places = (self.images, self.blanks, self.machines, self.snapshots, self.store.root, self.store.layers, self.store.blobs)
+        places = (
+            self.images,
+            self.blanks,
+            self.machines,
+            self.snapshots,
+            self.store.root,
+            self.store.layers,
+            self.store.blobs,
+            self.store.remotes,
+        )
         for path in (self.root, *places):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess  # noqa: TID251
@@ -48,10 +49,15 @@ _PASSED = [
     "RAMET_KERNEL",
     "RAMET_ACCEL",
     "RAMET_PORT",
-    "RAMET_OVERCOMMIT",
-    "RAMET_PRESSURE",
     "RAMET_DEBIAN_MIRROR",
+    "CONTAINERS_REGISTRIES_CONF",
+    "ALL_PROXY",
+    "all_proxy",
 ]
+
+# What only processes of our own see besides: the daemon's settings, credentials of registries, what credential helpers need. No QEMU does.
+_CONFIDED = re.compile(r"RAMET_\w+|(AWS|AZURE|GOOGLE|CLOUDSDK|GNUPG|GPG|PASSWORD_STORE|DBUS)_?\w*")
+_ADDRESS = {"RAMET_URL", "RAMET_TOKEN"}  # of another daemon
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -61,6 +67,11 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     env["PATH"] = path + "".join(f":{d}" for d in ("/usr/local/sbin", "/usr/sbin", "/sbin") if d not in path.split(":"))
     env["LC_ALL"] = "C.UTF-8"
     return env | dict(extra or {})
+
+
+def confided() -> dict[str, str]:
+    """What the daemon and the fetcher must be started with, beside what every program is."""
+    return {name: value for name, value in os.environ.items() if _CONFIDED.fullmatch(name) and name not in _ADDRESS}
 
 
 def find(program: str) -> str | None:

@@ -28,6 +28,7 @@ async def reconcile(ops: Operations) -> None:
         await asyncio.to_thread(bringup.remove_tree, doomed)
     if not locks.is_held(ops.state.store.lock):
         await ops.layers.stop()  # what a keeper that died has left
+    await asyncio.to_thread(restoring.end_traces, ops)
     await _find_snapshots(ops)
     adopting = []
     for record in await ops.db.machines():

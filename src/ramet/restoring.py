@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 
 from ramet import bringup, commands, disks, images, snapshot
@@ -14,10 +16,15 @@ from ramet.identity import Identity
 from ramet.model import Command, Compatibility, Snapshot, SnapshotState, Spec
 from ramet.operations import Entry, Operations, log
 from ramet.paths import MachineDir
+from ramet.store import remote, tracing
+from ramet.store.fetching import Fetcher
+from ramet.store.layer import is_id
 from ramet.vm import balloon
 from ramet.vm.machine import Vm, kill
 
 ANSWER_DEADLINE = 60.0  # seconds until the agent of a restored machine has answered: 0.1, on an idle host
+# Seconds that what is read still counts as the start's once commands can run: what the first ones need is waited for as well. Nothing tells that they are over.
+_TRACED = 10.0
 _TEST = ".testing-"
 
 
@@ -72,7 +79,6 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
     image = images.load(ops.state, found.image_digest)
     entry.image = image.config if image else entry.image
     boot = await ops.host.boot(fresh=False)
-    files = ops.state.machine(entry.record.id)
     after = {
         "snapshot_id": found.id,
         "memory_layer": found.memory_layer,
@@ -83,6 +89,24 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
     }
     if any(getattr(entry.record, name) != value for name, value in after.items()):
         await ops.set(entry, **after)  # before anything runs: a collection of layers must see what it needs
+    if remote.is_any(ops.state.store):
+        ops.spawn(_fetch_ahead(ops, found))
+    async with _traced_once(ops, found):
+        await _go_on_from(ops, entry, found, whole, began)
+
+
+async def _fetch_ahead(ops: Operations, found: Snapshot) -> None:
+    """Have what an earlier start touched fetched before it is asked for. Nobody waits for that."""
+    try:
+        await ops.use_layers()
+        async with Fetcher.connect(ops.state.store, ops.layers.nudge) as fetcher:
+            await fetcher.trace(found.layers)
+    except RametError as error:
+        log.warning("what %s needs at its start is only fetched when it asks: %s", found.title, error.message)
+
+
+async def _go_on_from(ops: Operations, entry: Entry, found: Snapshot, whole: asyncio.Future[None] | None, began: float) -> None:
+    files = ops.state.machine(entry.record.id)
     if not found.memory:
         await disks.make(ops.state, files, found.spec, found.disk_layers)
         await ops.bring_up(entry)
@@ -135,17 +159,66 @@ async def test(ops: Operations, found: Snapshot) -> str:
     began = time.time()
     try:
         await check(ops, found)
-        machine = await launch(ops, found, files, found.spec)
-        try:
-            await go_on(ops, found, machine, who)
-            await machine.guest.ping()
-        finally:
-            await machine.kill()
+        async with _tracing(ops, found.layers):
+            machine = await launch(ops, found, files, found.spec)
+            try:
+                await go_on(ops, found, machine, who)
+                await machine.guest.ping()
+            finally:
+                await machine.kill()
     except RametError as error:
         return ops.unserved(found.memory_layer, began) or error.message
     finally:
         await end_test(files)
     return ""
+
+
+# What a start touches is remembered with the layers, to be fetched first by those who pull them.
+
+
+@contextlib.asynccontextmanager
+async def _tracing(ops: Operations, layers: Sequence[str]) -> AsyncIterator[None]:
+    """Note what is read of these layers in the body."""
+    noted = [layer for layer in layers if not ops.state.store.layer(layer).tracing.exists()]
+    try:
+        for layer in noted:
+            await asyncio.to_thread(ops.store.begin_trace, layer)
+        ops.layers.forget()  # workers look when they open a layer
+        yield
+    finally:
+        await asyncio.to_thread(_end_traces, ops, noted)
+        ops.layers.forget()
+
+
+def _end_traces(ops: Operations, layers: Iterable[str]) -> None:
+    for layer in layers:
+        try:
+            ops.store.end_trace(layer)
+        except RametError as error:  # it is advice
+            log.info("what was touched of layer %s is not known: %s", layer, error.message)
+
+
+@contextlib.asynccontextmanager
+async def _traced_once(ops: Operations, found: Snapshot) -> AsyncIterator[None]:
+    """Note the first start from a template of which nothing is known yet, and what follows it. Not from what is automatic: a fork has no time for that."""
+    layers = [layer for layer in found.layers if not tracing.load(ops.state.store, layer)] if found.template else []
+    if not layers:
+        yield
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(_tracing(ops, layers))
+        yield
+        ops.spawn(_end_later(stack.pop_all()))
+
+
+async def _end_later(noting: contextlib.AsyncExitStack) -> None:
+    async with noting:
+        await asyncio.sleep(_TRACED)
+
+
+def end_traces(ops: Operations) -> None:
+    """Those that a daemon which died had begun: else all that is read would be noted for ever."""
+    _end_traces(ops, [path.parent.name for path in ops.state.store.layers.glob("*/trace.new") if is_id(path.parent.name)])
 
 
 def tests_left(state_machines: Path) -> list[MachineDir]:

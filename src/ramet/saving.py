@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from ramet import bringup, disks, guestfs, snapshot
+from ramet.db import Record
 from ramet.errors import MachineFailedError, RametError
 from ramet.model import Compatibility, Snapshot, SnapshotState, State
 from ramet.operations import Entry, Operations, log
@@ -105,7 +106,7 @@ async def live(ops: Operations, entry: Entry, *, name: str = "", memory: bool = 
     assert entry.vm
     made = _new(entry, name, memory)
     async with ops.layers_in_use(), _disks_of(ops, entry) as found:
-        with _staged(ops, made.id) as staged, contextlib.ExitStack() as stack:
+        with stage(ops, made.id) as staged, contextlib.ExitStack() as stack:
             layers = tuple(stack.enter_context(disks.draft(ops.state, ops.store, each, made.image_digest)) for each in found)
             changes: dict[str, Any] = _disk_layers([each.id for each in layers])
             pages = stack.enter_context(_memory_draft(ops, entry)) if memory else None
@@ -195,7 +196,7 @@ async def save(ops: Operations, entry: Entry, *, name: str, memory: bool) -> Sna
     found = _new(entry, name, memory)
     async with ops.layers_in_use(), _disks_of(ops, entry) as had:
         found = dataclasses.replace(found, **_disk_layers(await _frozen(ops, entry, had)))
-        with _staged(ops, found.id) as staged:
+        with stage(ops, found.id) as staged:
             await _record(ops, entry, found, staged)
     return found
 
@@ -233,7 +234,7 @@ async def hibernate(ops: Operations, entry: Entry, *, slimmed: int = 0) -> Snaps
         ops.doing(entry, text)
 
     async with ops.layers_in_use(), _disks_of(ops, entry) as found:
-        with _staged(ops, made.id) as staged:
+        with stage(ops, made.id) as staged:
             compatibility = await _compatibility(ops, entry)
             wanted = await _wanted(ops, entry, found, staged)
             await capture.prepare(machine, wanted)
@@ -275,7 +276,7 @@ def _new(entry: Entry, name: str, memory: bool) -> Snapshot:
 
 
 @contextlib.contextmanager
-def _staged(ops: Operations, snapshot_id: str) -> Iterator[SnapshotDir]:
+def stage(ops: Operations, snapshot_id: str) -> Iterator[SnapshotDir]:
     """A directory for what is not a layer; gone afterwards, unless it was published."""
     staged = ops.state.snapshot(f".new-{snapshot_id}")
     with guard("write", staged.root):
@@ -297,19 +298,24 @@ def _publish_directory(made: Snapshot, staged: SnapshotDir, final: SnapshotDir) 
 
 
 async def _record(ops: Operations, entry: Entry, made: Snapshot, staged: SnapshotDir, *, into: State | None = None) -> None:
-    """The moment from which the snapshot exists, and the machine stands on it. into: the machine's state from then on."""
-    place = ops.state.snapshot(made.id)
+    """The same, and the machine stands on it. into: the machine's state from then on."""
     record = dataclasses.replace(entry.record, snapshot_id=made.id)
     if into:
         record = dataclasses.replace(record, state=into, memory_layer="")
+    await admit(ops, made, staged, record)
+    ops.replace(entry, record)
+
+
+async def admit(ops: Operations, made: Snapshot, staged: SnapshotDir, machine: Record | None = None) -> None:
+    """The moment from which a snapshot exists. machine: the record of the one that it is of, as it is from then on, where it is of any."""
+    place = ops.state.snapshot(made.id)
     try:
         await asyncio.to_thread(_publish_directory, made, staged, place)
-        await ops.db.add_snapshot(made, record)
+        await ops.db.add_snapshot(made, machine)
     except BaseException:
         shutil.rmtree(place.root, ignore_errors=True)
         raise
     ops.snapshots[made.id] = made
-    ops.replace(entry, record)
 
 
 async def _wanted(ops: Operations, entry: Entry, found: Disks, staged: SnapshotDir | None) -> Capture:

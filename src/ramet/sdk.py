@@ -234,7 +234,7 @@ def _machines(inner: builtins.list[aio.AsyncMachine]) -> builtins.list[Machine]:
 
 
 class Host:
-    """What is not one machine's: snapshots, templates, layers, and who descends from whom.
+    """What is not one machine's: snapshots, templates, layers, registries, and who descends from whom.
 
     >>> host = Host()
     >>> host.template("demo@warm", "demo:1", pool=2)
@@ -248,6 +248,10 @@ class Host:
         """The layer with all it stands on, as the raw image."""
         return _iterate(self.inner.export_layer(layer))
 
+    def read_blob(self, digest: str, *, offset: int = 0, length: int = -1) -> Iterator[bytes]:
+        """Bytes of a blob (zstd seekable). NotFoundError where they are not here."""
+        return _iterate(self.inner.read_blob(digest, offset=offset, length=length))
+
     info = _waits(aio.AsyncHost.info)
     snapshots = _waits(aio.AsyncHost.snapshots)
     get_snapshot = _waits(aio.AsyncHost.get_snapshot)
@@ -257,6 +261,11 @@ class Host:
     layers = _waits(aio.AsyncHost.layers)
     get_layer = _waits(aio.AsyncHost.get_layer)
     verify_layer = _waits(aio.AsyncHost.verify_layer)
+    push = _waits(aio.AsyncHost.push)
+    pull = _waits(aio.AsyncHost.pull)
+    convert = _waits(aio.AsyncHost.convert)
+    gc = _waits(aio.AsyncHost.gc)
+    fsck = _waits(aio.AsyncHost.fsck)
 
 
 class Machine:

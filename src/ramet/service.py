@@ -26,7 +26,8 @@ async def ensure_running(state: StateDir | None = None) -> None:
     state.create()
     reader, writer = os.pipe()
     try:
-        process.spawn_detached([sys.executable, "-P", "-m", "ramet.daemon", str(state.root), str(writer)], log=state.log, pass_fds=[writer])
+        command = [sys.executable, "-P", "-m", "ramet.daemon", str(state.root), str(writer)]
+        process.spawn_detached(command, log=state.log, env=process.confided(), pass_fds=[writer])
     finally:
         os.close(writer)
     answer = await _read_all(reader, START_DEADLINE)

@@ -185,7 +185,7 @@ async def _image(context: Context, step: Step) -> Finding:
 
 
 async def _has_image(context: Context) -> bool:
-    return images.load(context.state, await images.resolve(IMAGE)) is not None
+    return images.load(context.state, await images.resolve(IMAGE), disk=True) is not None
 
 
 async def _accelerator(context: Context, step: Step) -> Finding:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 
+from ramet import reference
 from ramet.agentwire import VERSION
-from ramet.errors import IncompatibleError, SpecError
+from ramet.errors import ImageError, IncompatibleError, SpecError
 from ramet.model import Compatibility, Snapshot
+from ramet.reference import Registry
 from ramet.vm import argv
 
 FORMAT = 1  # of what is saved beside the layers: the devices' state as QEMU writes it
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TEMPLATE = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*([:@][A-Za-z0-9_][A-Za-z0-9._-]*)")
+_LONGEST = 200  # characters of a template's name; those of references that are pulled have limits of their own
 
 
 def label(machine: str, text: str) -> str:
@@ -25,12 +28,26 @@ def label(machine: str, text: str) -> str:
 
 def template_name(text: str) -> str:
     """A template's name, with a tag: `shop` is `shop:latest`."""
-    full = text if re.search(r"[:@]", text) else f"{text}:latest"
-    if len(full) > 200 or not _TEMPLATE.fullmatch(full):
+    full = text if re.search(r"[:@]", text.rpartition("/")[2]) else f"{text}:latest"
+    if len(full) > _LONGEST or not (_TEMPLATE.fullmatch(full) or _is_reference(full)):
         raise SpecError(
             f"{text!r} cannot name a template", hint="Write it as an image's name: `debian:12`, `acme/shop:1.2`, `acme/shop@4f2a`."
         )
     return full
+
+
+def pulled_name(source: Registry) -> str:
+    """What a snapshot of a registry is called here."""
+    return f"{source.name}@{source.digest}" if source.digest else f"{source.name}:{source.tag}"
+
+
+def _is_reference(text: str) -> bool:
+    """Whether it names something in a registry, whose host is named: a name that a pull gives."""
+    try:
+        source = reference.parse(text)
+    except ImageError:
+        return False
+    return isinstance(source, Registry) and pulled_name(source) == text
 
 
 def layout(config: argv.Config) -> str:

@@ -12,7 +12,6 @@ from ramet.model import (
     FileInfo,
     ForkOutcome,
     HostInfo,
-    LayerInfo,
     Machine,
     Port,
     Process,
@@ -23,6 +22,7 @@ from ramet.model import (
     Spec,
     TreeNode,
 )
+from ramet.storage import Collected, LayerInfo, Transfer
 
 OUTPUT_LIMIT = 16 << 20  # bytes of each of stdout and stderr that `run` keeps; more belongs in `execute`
 WRITE_FLAGS = "ctp"  # create, truncate, parents: how `write_file` treats the file, in the agent's letters
@@ -135,6 +135,30 @@ class Verbs(Protocol):
 
     def export_layer(self, layer: str) -> AsyncIterator[bytes]:
         """The layer with all it stands on, as the raw image."""
+        ...
+
+    async def push(self, snapshot: str, reference: str) -> Transfer:
+        """Send a snapshot to a registry, as REGISTRY/NAME:TAG; what is there already is not sent again. Events tell how far it is, under that name."""
+        ...
+
+    async def pull(self, reference: str, *, lazy: bool = False) -> Transfer:
+        """Have a snapshot of a registry here, under its name there. lazy: without its content, which comes when it is needed and in the background."""
+        ...
+
+    async def convert(self, image: str, name: str = "") -> Snapshot:
+        """Make an image a template (without memory), which can be pushed and then started before it is fetched. name: its own where none is given."""
+        ...
+
+    async def gc(self, *, budget: int | None = None, dry_run: bool = False) -> Collected:
+        """Remove what no snapshot and no machine needs. budget: bytes that all layers may take: beyond it, chunks that a registry has too go."""
+        ...
+
+    async def fsck(self, *, repair: bool = False) -> builtins.list[str]:
+        """Check all that is kept: what is wrong, a sentence each. repair: remove what can be fetched or made again."""
+        ...
+
+    def read_blob(self, digest: str, *, offset: int = 0, length: int = -1) -> AsyncIterator[bytes]:
+        """Bytes of a blob (zstd seekable), for other hosts. NotFoundError where they are not here."""
         ...
 
     async def logs(self, name: str, *, source: str = "console", lines: int = 200) -> bytes:

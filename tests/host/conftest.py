@@ -25,17 +25,21 @@ from ramet.paths import StateDir
 
 from .imaging import RICH, SETTINGS, working_in
 from .layouts import Layout, make
+from .tokens import Tokens
+from .tokens import serving as tokens_served
 
 DEADLINE = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registry:
-    """A docker-registry that runs. address: host:port; data: where it keeps its blobs, for a test to damage them."""
+    """A docker-registry that runs. address: host:port; data: where it keeps its blobs, for a test to damage them; certificate: of its own making."""
 
     address: str
     data: Path
     credentials: str = ""
+    certificate: Path = Path()
+    process: subprocess.Popen[str] | None = None
 
     def push(self, layout: Layout, name: str) -> str:
         """Copy an image into it (also every architecture of an index); returns the reference to it."""
@@ -84,13 +88,37 @@ def _listening(process: subprocess.Popen[str]) -> str:
     raise AssertionError("the registry does not listen: " + "".join(seen))
 
 
+def certified(root: Path) -> tuple[Path, Path]:
+    """A key, and a certificate for 127.0.0.1 that nobody trusts."""
+    need("openssl")
+    key, certificate = root / "key.pem", root / "cert.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True, timeout=DEADLINE)
+    return key, certificate
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Iterator[Tokens]:
+    """A token server, for registries that are to believe it."""
+    place = tmp_path / "tokens"
+    place.mkdir()
+    key, certificate = certified(place)
+    made = Tokens(credentials="user:secret", key=key, certificate=certificate)
+    with tokens_served(made):
+        yield made
+
+
 @pytest.fixture
 def registries(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
-    """Starts registries on free ports of loopback. credentials (`user:password`): ask for them. tls: with a certificate that nobody trusts."""
+    """Starts registries on free ports of loopback. credentials (`user:password`): ask for them. tls: with a certificate that nobody trusts.
+
+    tokens: ask for tokens of that server.
+    """
     need("docker-registry", "skopeo")
     started: list[subprocess.Popen[str]] = []
 
-    def start(*, credentials: str = "", tls: bool = False) -> Registry:
+    def start(*, credentials: str = "", tls: bool = False, tokens: Tokens | None = None) -> Registry:
         root = tmp_path / f"registry{len(started)}"
         root.mkdir()
         config: dict[str, Any] = {
@@ -105,19 +133,17 @@ def registries(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
             file = root / "htpasswd"
             file.write_bytes(subprocess.run(["htpasswd", "-Bbn", user, password], check=True, capture_output=True, timeout=DEADLINE).stdout)
             config["auth"] = {"htpasswd": {"realm": "test", "path": str(file)}}
+        if tokens:
+            config["auth"] = tokens.settings()
+        certificate = Path()
         if tls:
-            need("openssl")
-            make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-            make += ["-addext", "subjectAltName=IP:127.0.0.1"]
-            paths = {"key": str(root / "key.pem"), "certificate": str(root / "cert.pem")}
-            command = [*make, "-keyout", paths["key"], "-out", paths["certificate"]]
-            subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
-            config["http"]["tls"] = paths
+            key, certificate = certified(root)
+            config["http"]["tls"] = {"key": str(key), "certificate": str(certificate)}
         file = root / "config.yml"
         file.write_text(json.dumps(config))  # JSON is YAML
         process = subprocess.Popen(["docker-registry", "serve", str(file)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         started.append(process)
-        return Registry(address=_listening(process), data=root / "data", credentials=credentials)
+        return Registry(address=_listening(process), data=root / "data", credentials=credentials, certificate=certificate, process=process)
 
     yield start
     for process in started:

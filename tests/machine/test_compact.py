@@ -7,8 +7,9 @@ import pytest
 from ramet import disks
 from ramet.engine import Engine
 from ramet.errors import StateError
-from ramet.model import LayerInfo, State
+from ramet.model import State
 from ramet.paths import StateDir
+from ramet.storage import LayerInfo
 from tests.fixtures import Artifacts, Box, States, opened
 from tests.machine.aftermath import Nursery, Trouble, busy, note, notes, settled, sound, swept, went_on
 

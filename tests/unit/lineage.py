@@ -7,11 +7,13 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator
 
-from ramet.errors import DependentsError, ExistsError, IncompatibleError, LayerError, NotFoundError, RametError
+from ramet.errors import DependentsError, ExistsError, ImageError, IncompatibleError, LayerError, NotFoundError, RametError
 from ramet.lifecycle import Operation, begin
-from ramet.model import ForkOutcome, LayerInfo, Machine, NodeKind, Snapshot, SnapshotState, State, TreeNode, Usage
+from ramet.model import ForkOutcome, Machine, NodeKind, Snapshot, SnapshotState, State, TreeNode, Usage
+from ramet.storage import Collected, LayerInfo, Transfer
 
 MIB = 1 << 20
+DIGEST = "sha256:" + "5e" * 32
 USAGE = Usage(
     memory=90 * MIB, private=20 * MIB, shared=70 * MIB, overhead=30 * MIB, returned=400 * MIB, reclaimable=5 * MIB, cpu=1.5,
     disk=12 * MIB, disk_unique=14 * MIB, disk_shared=3 * MIB,
@@ -29,6 +31,7 @@ class Lineage:
         self.kept: dict[str, Snapshot] = {}  # by name, or by id where they have none
         self.gone: dict[str, Machine] = {}  # deleted, but their snapshots live
         self.raw: dict[str, bytes] = {"00000000000000aa": bytes(8192) + b"data" * 1024 + bytes(5 << 20), "00000000000000bb": b"torn"}
+        self.blobs = {DIGEST: bytes(range(256)) * 4096}
         self.wrong = {"00000000000000bb": ["chunk 3 of blob sha256-bb is damaged\x1b[2J"]}
 
     def _machine(self, name: str) -> Machine:
@@ -227,3 +230,50 @@ class Lineage:
             yield data[at : at + 300_001]
         if layer in self.wrong:
             raise LayerError(f"layer {layer}: blob sha256-bb is cut short", hint="`ramet layer verify` names all that is wrong.")
+
+    async def push(self, snapshot: str, reference: str) -> Transfer:
+        found = self._found(snapshot)
+        self.seen.append(("push", snapshot, reference))
+        return Transfer(
+            reference=reference, digest=DIGEST, snapshot=found.title, size=90 * MIB, moved=40 * MIB, shared=50 * MIB, seconds=1.5
+        )  # fmt: skip
+
+    async def pull(self, reference: str, *, lazy: bool = False) -> Transfer:
+        self.seen.append(("pull", reference, lazy))
+        if "missing" in reference:
+            raise ImageError(f"there is no {reference}", hint="Is its name right?")
+        name = reference.removeprefix("docker://")
+        kept = self._keep(next(iter(self.machines.values())), name, memory=True)
+        self.kept[name] = dataclasses.replace(
+            kept, machine="", template=True, state=SnapshotState.READY, origin=f"{name.rpartition(':')[0]}@{DIGEST}",
+            absent=80 * MIB if lazy else 0,
+        )  # fmt: skip
+        moved = 10 * MIB if lazy else 90 * MIB
+        return Transfer(reference=reference, digest=DIGEST, snapshot=name, size=90 * MIB, moved=moved, shared=0, seconds=2.0)
+
+    async def convert(self, image: str, name: str = "") -> Snapshot:
+        self.seen.append(("convert", image, name))
+        machine = next(iter(self.machines.values()))
+        kept = self._keep(machine, name or image, memory=False)
+        self.kept[kept.name] = dataclasses.replace(kept, machine="", template=True, state=SnapshotState.READY)
+        return self.kept[kept.name]
+
+    async def gc(self, *, budget: int | None = None, dry_run: bool = False) -> Collected:
+        self.seen.append(("gc", budget, dry_run))
+        return Collected(
+            layers=("00000000000000cc",), blobs=(DIGEST,), evicted=5 * MIB, bytes=7 * MIB, stored=300 * MIB,
+            postponed=("layer 00000000000000dd is being pulled",),
+        )  # fmt: skip
+
+    async def fsck(self, *, repair: bool = False) -> builtins.list[str]:
+        self.seen.append(("fsck", repair))
+        return [sentence for wrong in self.wrong.values() for sentence in wrong]
+
+    async def read_blob(self, digest: str, *, offset: int = 0, length: int = -1) -> AsyncIterator[bytes]:
+        self.seen.append(("read_blob", digest, offset, length))
+        data = self.blobs.get(digest)
+        end = len(data or b"") if length < 0 else offset + length
+        if data is None or end > len(data):
+            raise NotFoundError(f"blob {digest} is not here", details={"digest": digest})
+        for at in range(offset, end, 100_003):
+            yield data[at : min(end, at + 100_003)]

@@ -96,12 +96,13 @@ async def test_the_layers_of_drives_come_back(database: Database) -> None:
     assert dataclasses.replace(changed, disk_layer="", memory_layer="m").layers == ("c", "b", "m")
 
 
-async def test_a_snapshot_from_before_there_were_drives(tmp_path: Path) -> None:
+async def test_a_snapshot_from_before_there_were_drives_and_registries(tmp_path: Path) -> None:
     config = alembic.config.Config()
     config.set_main_option("script_location", str(Path(db.__file__).parent / "migrations"))
     config.set_main_option("sqlalchemy.url", f"sqlite:///{tmp_path / 'ramet.db'}")
     await asyncio.to_thread(alembic.command.upgrade, config, "0004")
-    values = {name: value for name, value in db._to_row(db.SNAPSHOTS, snapshot(1)).items() if name != "drive_layers"}
+    columns = db._to_row(db.SNAPSHOTS, snapshot(1)).items()
+    values = {name: value for name, value in columns if name not in ("drive_layers", "origin")}
     with sqlite3.connect(tmp_path / "ramet.db") as old:
         old.execute(f"INSERT INTO snapshots ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", list(values.values()))
     old.close()

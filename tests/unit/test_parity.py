@@ -40,6 +40,12 @@ COMMANDS: dict[str, list[str]] = {
     "get_layer": ["layer", "show", "00000000000000aa"],
     "verify_layer": ["layer", "verify", "00000000000000aa"],
     "export_layer": ["layer", "export", "00000000000000aa", "raw"],
+    "push": ["push", "m@warm", "127.0.0.1:5000/acme/shop:1"],
+    "pull": ["pull", "127.0.0.1:5000/acme/shop:1"],
+    "convert": ["convert", "debian:bookworm"],
+    "gc": ["gc"],
+    "fsck": ["fsck"],
+    "read_blob": [],  # other hosts ask for it: test_server_storage.py
     "logs": ["logs", "m"],
     "metrics": ["metrics", "m"],
     "run": ["run", "m", "--json", "x"],

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from ramet.bench import boot, density, disk, execute, figures, fork, giveback, hibernate, idle, imagefs
+from ramet.bench import boot, density, disk, execute, figures, fork, giveback, hibernate, idle, imagefs, lazy
 from ramet.bench.figures import Report
 from ramet.errors import RametError
 
@@ -27,6 +27,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], Coroutine[Any, Any, Report]]] 
     "giveback": giveback.run,
     "idle": idle.run,
     "imagefs": imagefs.run,
+    "lazy": lazy.run,
 }
 
 
@@ -60,6 +61,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     disk.options(benches.add_parser("disk", parents=[common], help="fio in a machine, against fio on the host's file system"))
     imagefs.options(
         benches.add_parser("imagefs", parents=[plain], help="a memory read through the image file system, against a copy from tmpfs")
+    )
+    lazy.options(
+        benches.add_parser("lazy", parents=[common], help="what is in a registry, started before it is here, against fetching it first")
     )
     return parser.parse_args(argv)
 

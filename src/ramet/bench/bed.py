@@ -40,13 +40,14 @@ class Bed:
 
 
 @contextlib.asynccontextmanager
-async def place() -> AsyncIterator[StateDir]:
-    """A state directory with the user's images and nothing else of theirs. It goes away, and the machines, snapshots and layers in it."""
+async def place(images: Path | None = None) -> AsyncIterator[StateDir]:
+    """A state directory with the user's images, or those of another directory, and nothing else of theirs. It goes away, and the machines, snapshots
+    and layers in it."""
     home = StateDir.default()
     home.create()
     with tempfile.TemporaryDirectory(prefix="ramet-bench-") as directory:
         state = StateDir(root=Path(directory))
-        state.images.symlink_to(home.images)
+        state.images.symlink_to(images or home.images)
         with contextlib.suppress(FileNotFoundError):
             shutil.copy(home.kvm, state.kvm)
         try:

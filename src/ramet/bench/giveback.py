@@ -14,7 +14,8 @@ from ramet.bench.bed import Bed
 from ramet.bench.figures import Figure, Report, at_least, distribution, limit
 from ramet.bench.returned import Back, Work
 from ramet.errors import HostError
-from ramet.model import LayerInfo, Reclaim
+from ramet.model import Reclaim
+from ramet.storage import LayerInfo
 
 FREED, COLD, DELETED = (0.95, 5.0), (0.8, 60.0), (0.95, 15.0)  # the share that is to be back, within so many seconds
 SLOWDOWN = 1.05

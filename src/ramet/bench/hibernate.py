@@ -18,8 +18,9 @@ from pathlib import Path
 from ramet.bench import bed, members
 from ramet.bench.bed import Bed
 from ramet.bench.figures import Figure, Report, distribution, limit
-from ramet.model import LayerInfo, Snapshot
+from ramet.model import Snapshot
 from ramet.paths import StateDir
+from ramet.storage import LayerInfo
 
 RATIO = 1.5
 SLIM = 1 / 3  # of what a machine takes as it is

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from ramet import __version__
-from ramet.cli import disk, files, host, layers, lineage, machines, processes, snapshots, update
+from ramet.cli import build, disk, files, host, layers, lineage, machines, processes, registry, snapshots, update
 from ramet.cli.base import app
 
-__all__ = ["app", "disk", "files", "host", "layers", "lineage", "machines", "main", "processes", "snapshots", "update"]
+__all__ = ["app", "build", "disk", "files", "host", "layers", "lineage", "machines", "main", "processes", "registry", "snapshots", "update"]
 
 
 def _version(asked: bool) -> None:

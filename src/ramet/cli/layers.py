@@ -17,7 +17,7 @@ from ramet.cli import text
 from ramet.cli.base import Json, app, client, layer_ids, perform
 from ramet.cli.group import Group
 from ramet.errors import HostError, LayerError, NoSpaceError, SpecError
-from ramet.model import LayerInfo
+from ramet.storage import LayerInfo
 from ramet.units import format_size
 
 BLOCK = 4096  # bytes: what file systems allocate, and a page of memory
@@ -76,6 +76,7 @@ def show(which: LayerId, json: Json = False) -> None:
             ("size", format_size(found.size)),
             ("holds", f"{format_size(found.data)} of data, {format_size(found.zero)} of zeros"),
             ("stored", f"{format_size(found.stored)} on disk, {'compressed' if found.sealed else 'not yet compressed'}"),
+            ("absent", f"{format_size(found.absent)}, which only a registry has" if found.absent else ""),
             ("parent", found.parent),
             ("made", f"{text.age(found.created_at)} ago"),
             *(("pages from" if not at else "", each) for at, each in enumerate(found.chain)),

@@ -156,12 +156,19 @@ def create(
     ] = "",
     origin: Annotated[
         str,
-        typer.Option("--from", help="A snapshot or template that it goes on from.", autocompletion=snapshot_names, show_default=False),
+        typer.Option(
+            "--from",
+            help="A snapshot or template that it goes on from, also one of a registry.",
+            autocompletion=snapshot_names,
+            show_default=False,
+        ),
     ] = "",
     disk_only: Annotated[bool, typer.Option("--disk-only", help="With --from: boot its disk, leave its memory.")] = False,
     json: Json = False,
 ) -> None:
     """Make a machine and start it, without a ramet.toml, or from a snapshot: its programs go on where they were.
+
+    A snapshot that is not here and is named as in a registry is pulled first, without its content, which comes when it is needed.
 
     Example: ramet create --from shop@warm shop-2
     """

@@ -178,7 +178,7 @@ def snapshots(
     ] = "",
     json: Json = False,
 ) -> None:
-    """Snapshots and templates: their state, what they take on the disk, and how many machines a template keeps ready.
+    """Snapshots and templates: their state, what they take on the disk, how many machines a template keeps ready, and what is still only in a registry.
 
     Example: ramet snapshots shop
     """
@@ -197,14 +197,17 @@ def snapshots(
 
 
 def _table(found: list[Snapshot]) -> None:
-    heads = ("NAME", "STATE", "MEMORY", "STORED", "AGE", "POOL")
+    heads = ["NAME", "STATE", "MEMORY", "STORED", "AGE", "POOL"]
     rows = [
-        (
+        [
             *(each.title, each.state, "yes" if each.memory else "no", format_size(each.stored)),
             *(text.age(each.created_at), f"{each.pooled} of {each.pool}" if each.pool else ""),
-        )
+        ]
         for each in found
     ]
+    if any(each.absent for each in found):
+        heads.append("ABSENT")
+        rows = [[*row, format_size(each.absent) if each.absent else ""] for row, each in zip(rows, found, strict=True)]
     lines = text.table(heads, rows, paints=[text.colour_of(each.state) for each in found])
     text.say(lines[0])
     for each, line in zip(found, lines[1:], strict=True):

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ramet import __version__
 from ramet.errors import NotFoundError, RametError, SpecError, UnauthorizedError
 from ramet.rest import HEARTBEAT_EVERY, to_json
-from ramet.server import files, processes, routes, snapshots
+from ramet.server import files, processes, routes, snapshots, storage
 from ramet.server.reply import GoneError, internal
 from ramet.server.requests import BODY_LIMIT, known_query
 from ramet.verbs import Verbs
@@ -171,7 +171,7 @@ def create_app(verbs: Verbs, token: str, *, hosts: Iterable[str] = LOOPBACK, hea
     )
     app.state.verbs = verbs
     app.state.heartbeat = heartbeat
-    for module in (routes, snapshots, processes, files):
+    for module in (routes, snapshots, storage, processes, files):
         app.include_router(module.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_middleware(Gate, token=token, hosts=hosts)

@@ -9,16 +9,17 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ramet.model import ForkOutcome, LayerInfo, Machine, Snapshot, TreeNode, strict
+from ramet.model import ForkOutcome, Machine, Snapshot, TreeNode, strict
 from ramet.rest import BYTES
 from ramet.server.reply import bytes_reply, record, until_gone
 from ramet.server.requests import BODY_LIMIT, Name, VerbsDep
+from ramet.storage import LayerInfo
 
 router = APIRouter()
 
 # Names of snapshots hold `/`, which a client may also send as %2F: it is decoded before routes are compared. What may follow such a name is
 # only ever asked with POST, which the name alone never is, so that none is taken for the other.
-_ONE = "/v1/snapshots/{snapshot:path}"
+ONE = "/v1/snapshots/{snapshot:path}"
 _LAYER = "/v1/layers/{layer}"
 
 SnapshotName = Annotated[str, Path(min_length=1, description="A snapshot's name (`shop@warm`, `acme/shop:1.2`) or id.")]
@@ -159,7 +160,7 @@ async def snapshots(verbs: VerbsDep, machine: Annotated[str, Query(description="
 
 
 @router.post(
-    f"{_ONE}/machines",
+    f"{ONE}/machines",
     operation_id="create_from",
     max_body_size=BODY_LIMIT,
     tags=["snapshots"],
@@ -172,7 +173,7 @@ async def create_from(snapshot: SnapshotName, wanted: FromSnapshotRequest, verbs
 
 
 @router.post(
-    f"{_ONE}/template",
+    f"{ONE}/template",
     operation_id="template",
     max_body_size=BODY_LIMIT,
     tags=["snapshots"],
@@ -187,13 +188,13 @@ async def template(
     return record(await verbs.template(snapshot, label=wanted.label, pool=wanted.pool))
 
 
-@router.get(_ONE, operation_id="get_snapshot", tags=["snapshots"], response_model=Snapshot, summary="One snapshot, by name or id")
+@router.get(ONE, operation_id="get_snapshot", tags=["snapshots"], response_model=Snapshot, summary="One snapshot, by name or id")
 async def get_snapshot(snapshot: SnapshotName, verbs: VerbsDep) -> Response:
     return record(await verbs.get_snapshot(snapshot))
 
 
 @router.delete(
-    _ONE,
+    ONE,
     operation_id="delete_snapshot",
     tags=["snapshots"],
     response_model=list[str],

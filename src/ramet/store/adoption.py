@@ -7,7 +7,7 @@ from types import TracebackType
 
 from ramet.errors import LayerError
 from ramet.paths import StoreDir
-from ramet.store import index
+from ramet.store import index, remote
 from ramet.store.chain import Chain, spool_runs
 from ramet.store.layer import PAGE, Layer
 from ramet.store.runs import ZERO, Owners, Runs
@@ -20,10 +20,16 @@ LARGEST = 8 << 20
 WASTE = 0.25
 
 
+def fetched(store: StoreDir, record: Layer) -> bool:
+    """Whether a layer came from a registry: its pages may not be here, and what is written anew would be no longer what can be had there."""
+    return bool(record.origin) or any(remote.is_remote(store, digest) for digest in record.blobs)
+
+
 class Adoption:
     """What `layer_id` takes over of the layers in `adopt`, as it is before. Falsy when that is nothing, and none of them is named.
 
-    thorough: also of large ones, where that frees enough. It is also what is sealed, for `sealing`: `runs` and `pages`.
+    Nothing of layers that came from a registry. thorough: also of large ones, where that frees enough.
+    It is also what is sealed, for `sealing`: `runs` and `pages`.
     LayerError when something is missing or damaged.
     """
 
@@ -32,7 +38,7 @@ class Adoption:
         self.runs = Runs.build(())
         self.adopted: frozenset[str] = frozenset()
         self._store = store
-        self._asked = frozenset(adopt) - {record.id}
+        self._asked = frozenset() if fetched(store, record) else frozenset(adopt) - {record.id}
         self._thorough = thorough
 
     def __enter__(self) -> Adoption:
@@ -43,6 +49,7 @@ class Adoption:
             # What each layer holds must be of the same moment as who owns what: sealing moves pages from one to the other.
             self._owners, self._names, self._layers = self._chain.resolved()
             self._head = self._names.index(self.record.id) + 1
+            self._asked -= {name for name, record in self._layers.items() if fetched(self._store, record)}
             try:
                 self._choose()
                 return self

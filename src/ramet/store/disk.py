@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 
 def replace(path: Path, data: bytes, *, durable: bool) -> None:
     """Make the file's content `data`, all of it or not at all. durable: on the disk, and its name too, when this returns."""
-    staged = path.with_name(STAGED + path.name)
+    staged = path.with_name(f"{STAGED}{path.name}.{threading.get_native_id()}")  # two may write the same file at once
     with guard("write", path):
         try:
             fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -21,7 +21,9 @@ MAX_PAGES = MAX_READ // PAGE
 MAX_WRITE = PAGE  # the least that the kernel accepts: nobody writes here
 # 8192 is FUSE_MIN_READ_BUFFER. Longer requests than fit (long attributes) the kernel fails itself.
 BUFFER = 16384
-BACKGROUND, CONGESTED = 64, 48  # read-ahead requests under way; with fewer the workers run dry
+# Read-ahead requests under way; with fewer than 64 the workers run dry. So many more, for those that wait for a registry stay under way, and
+# would keep those of other machines from being sent.
+BACKGROUND, CONGESTED = 1024, 768
 FOREVER = 10 * 365 * 86400  # seconds; layers never change
 NAME_LENGTH = 16
 

@@ -21,7 +21,7 @@ Step = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Freed:
-    """What a gc removed. bytes: what it took on the disk. drafts: half-made layers. postponed: why something stays that perhaps need not, one sentence each."""
+    """What a gc removed, or would. bytes: on the disk. drafts: half-made layers. postponed: why something stays that perhaps need not, one sentence each."""
 
     layers: tuple[str, ...] = ()
     blobs: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ def needed(layers: Mapping[str, Layer], keep: Iterable[str], *, whole: bool = Tr
     """The layers that reading, sealing or building on the kept ones takes; those that take part in others only by their pages, if not `whole`.
 
     A layer in a chain is needed for its own pages only: those are in it, or where it points on to. One that is not sealed yet is compared with its
-    parent when it is, so the parent must be readable.
+    parent when it is, so the parent must be readable. A base is below all of a chain, so what needs the chain's head needs it.
     """
     wholes: set[str] = set()
     content: set[str] = set()
@@ -83,6 +83,8 @@ def needed(layers: Mapping[str, Layer], keep: Iterable[str], *, whole: bool = Tr
         if found is None:
             continue
         waiting += [(other, False) for other in (*(found.chain if is_whole else ()), *found.beneath)]
+        if is_whole and found.base_layer:
+            waiting.append((found.base_layer, True))
         if not found.sealed and found.parent:
             waiting.append((found.parent, True))
     return wholes | content
@@ -91,9 +93,10 @@ def needed(layers: Mapping[str, Layer], keep: Iterable[str], *, whole: bool = Tr
 class _Collection:
     """One run. What is locked when it begins is in somebody's hands, and stays with what it needs."""
 
-    def __init__(self, store: StoreDir, step: Step) -> None:
+    def __init__(self, store: StoreDir, step: Step, *, dry_run: bool) -> None:
         self._store = store
         self._step = step
+        self._dry_run = dry_run
         self._layers: dict[str, Layer] = {}
         self._damaged: dict[str, RametError] = {}
         self._held: set[str] = set()
@@ -146,7 +149,7 @@ class _Collection:
         if not held:
             self._drafts.append(path)
         elif record:
-            self._held |= {record.parent, *record.chain} - {"", name}
+            self._held |= {record.parent, record.base_layer, *record.chain} - {"", name}
 
     def remove_drafts(self) -> None:
         for path in self._drafts:
@@ -166,12 +169,14 @@ class _Collection:
                 self.removed.append(name)
 
     def remove_blobs(self) -> None:
-        with _alone(self._store.blobs) as alone:
-            if not alone:
-                self.postponed.append("no blobs were removed: a layer is being sealed")
+        with alone(self._store) as nobody_else:
+            if not nobody_else:
+                self.postponed.append("no blobs were removed: a layer is being sealed or pulled")
                 return
             named = set()
             for name in _names(self._store):
+                if name in self.removed:  # it would be
+                    continue
                 try:
                     named |= {digest.replace(":", "-") for digest in layer.load(self._store.layer(name), name).blobs}
                 except RametError as error:
@@ -179,13 +184,20 @@ class _Collection:
                         continue
                     self.postponed.append(f"no blobs were removed: what layer {name} refers to is not known: {error.message}")
                     return
-            for path in sorted(self._store.blobs.iterdir()):
-                if path.name not in named and path.name.startswith(("sha256-", disk.STAGED)):
-                    self._step("gc blob")
-                    self.bytes += disk.allocated(path)
-                    with disk.guard("remove", path):
-                        path.unlink(missing_ok=True)
-                    self.blobs.append(path.name.replace("-", ":", 1))
+            # The blob before where it is to be had: without that, what is left of a sparse one would pass for a whole one.
+            for path in _unnamed(self._store.blobs, named):
+                self._step("gc blob")
+                self._unlink(path)
+                self.blobs.append(path.name.replace("-", ":", 1))
+            for path in _unnamed(self._store.remotes, named):
+                self._step("gc remote")
+                self._unlink(path)
+
+    def _unlink(self, path: Path) -> None:
+        self.bytes += disk.allocated(path)
+        if not self._dry_run:
+            with disk.guard("remove", path):
+                path.unlink(missing_ok=True)
 
     def _remove(self, path: Path, trash: Path) -> bool:
         lock = locks.try_lock(path)
@@ -193,19 +205,20 @@ class _Collection:
             return False
         try:
             size = sum(disk.allocated(file) for file in path.iterdir())
-            with disk.guard("remove", path):
-                if path != trash:
-                    path.rename(trash)
-                shutil.rmtree(trash)
+            if not self._dry_run:
+                with disk.guard("remove", path):
+                    if path != trash:
+                        path.rename(trash)
+                    shutil.rmtree(trash)
             self.bytes += size
         finally:
             os.close(lock)
         return True
 
 
-def collect(store: StoreDir, keep: Iterable[str] | Callable[[], Iterable[str]], step: Step) -> Freed:
-    """Remove what neither `keep` names nor those need. keep: a function is called after the layers were listed."""
-    run = _Collection(store, step)
+def collect(store: StoreDir, keep: Iterable[str] | Callable[[], Iterable[str]], step: Step, *, dry_run: bool = False) -> Freed:
+    """Remove what neither `keep` names nor those need. keep: a function is called after the layers were listed. dry_run: only say what that would be."""
+    run = _Collection(store, step, dry_run=dry_run)
     run.look()
     names = set(keep() if callable(keep) else keep)
     run.see(names)
@@ -219,10 +232,21 @@ def _names(store: StoreDir) -> list[str]:
     return sorted(path.name for path in store.layers.iterdir() if layer.is_id(path.name))
 
 
+def _unnamed(directory: Path, named: set[str]) -> list[Path]:
+    """Blobs, or records of where they are to be had, that no layer names, and those that are half-made."""
+    if not directory.is_dir():  # of an older Ramet
+        return []
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.name.startswith(("sha256-", disk.STAGED)) and path.name not in named and path.name.removeprefix(disk.STAGED) not in named
+    )
+
+
 @contextmanager
-def _alone(directory: Path) -> Iterator[bool]:
+def alone(store: StoreDir) -> Iterator[bool]:
     """Whether nobody else refers to blobs that no record names yet, in the body."""
-    fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(store.blobs, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,9 @@ and never change: a WRITE is refused, and a FALLOCATE succeeds and does nothing,
 
 What cannot be read is EIO, which QEMU sees as SIGBUS, and one line in faults.log: `UNIX_TIME ID OFFSET MESSAGE`. Wrong data is never served.
 
+What is in a registry only is parked: not answered until the fetcher has it here, and the worker goes on with other requests. A memory waits for ever,
+for an error would end its machine; a disk gets the error that the fetcher gives. What a dying process waits for is given up, so that it can die.
+
 What the speed hangs on, measured, in seconds of a worker's cpu for each GB: 0.65 to decompress and 0.15 to verify chunks as a guest's memory has them,
 0.2 for the kernel's copy and wake-ups, 0.05 for this Python. Zeros skip the first two. Worth their lines: malloc that keeps freed chunks (`keeper.settle`),
 writev of the pieces as they are, zeros that are real pages (0.06).
@@ -16,31 +19,39 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import signal
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from ramet.errors import LayerError, RametError
+from ramet.errors import AbsentError, LayerError, RametError
 from ramet.paths import StoreDir
-from ramet.store import fuse, keeper
+from ramet.store import fuse, keeper, remote, wanting
 from ramet.store.chain import Chain
 from ramet.store.fuse import PAGE, Opcode
+from ramet.store.remote import Want
 from ramet.store.source import is_hole
+from ramet.store.tracing import Recorder
 
 Part = bytes | memoryview
 
 OPEN_CHAINS = 64
 MAX_PARTS = 1000  # IOV_MAX is 1024, with the header
+TICK = 1.0  # seconds between looks after what is parked
+PATIENCE = 600.0  # seconds after which a disk's read fails though nobody said why: the fetcher has deadlines of its own, if there is one
+ROUNDS = 3  # times that what was fetched may be gone again before it is asked for only at the next look
 FAULTS_LIMIT = 1 << 20  # bytes of faults.log: a guest that touches a damaged page in a loop must not fill the disk
 _ZEROS = memoryview(bytes(bytearray(fuse.MAX_READ)))  # written, once for all workers; bytes(n) alone is not
 _DONE: tuple[Part, ...] = ()
 _SUCCEED = {Opcode.RELEASE, Opcode.FSYNC, Opcode.FLUSH, Opcode.RELEASEDIR, Opcode.FSYNCDIR, Opcode.ACCESS, Opcode.DESTROY}
 _IGNORED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}
+_RESENT = 1 << 63  # FUSE_UNIQUE_RESEND
 
 
 class Source(Protocol):
@@ -49,8 +60,15 @@ class Source(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def memory(self) -> bool: ...
+
     def read(self, offset: int, length: int) -> list[Part]:
-        """Pieces of min(length, size - offset) bytes together; LayerError when they cannot be had."""
+        """Pieces of min(length, size - offset) bytes together; AbsentError when they must be fetched first, LayerError when they cannot be had."""
+        ...
+
+    def wants(self, first: int, end: int) -> list[Want]:
+        """What must be here for the pages first … end-1 to be read."""
         ...
 
     def close(self) -> None: ...
@@ -63,9 +81,9 @@ class FileSystem:
     """Answers requests. open_source: LayerError for a layer that is missing or damaged."""
 
     def __init__(self, files: StoreDir, open_source: Opener) -> None:
-        self._files = files
+        self.files = files
         self._open_source = open_source
-        self._open: OrderedDict[int, Source] = OrderedDict()
+        self._open: OrderedDict[int, tuple[Source, Recorder]] = OrderedDict()
         self._owner = (os.geteuid(), os.getegid())
         self._answers: dict[int, Callable[[int, memoryview], Sequence[Part]]] = {
             Opcode.LOOKUP: self._lookup,
@@ -80,7 +98,7 @@ class FileSystem:
         } | {opcode: lambda node, body: _DONE for opcode in _SUCCEED}
 
     def answer(self, opcode: int, node: int, body: memoryview) -> Sequence[Part]:
-        """The answer's body; OSError for a refusal."""
+        """The answer's body; OSError for a refusal, AbsentError for a READ that must wait."""
         try:
             if opcode == Opcode.READ:
                 return self.read(node, *fuse.read_request(body))
@@ -91,54 +109,70 @@ class FileSystem:
         raise OSError(errno.ENOSYS, "not of this file system")
 
     def read(self, node: int, offset: int, size: int) -> Sequence[Part]:
-        """Bytes of a file; EIO, and a line in faults.log, when they cannot be had."""
+        """Bytes of a file; AbsentError when they must be fetched first; EIO, and a line in faults.log, when they cannot be had."""
         try:
-            source = self._source(node)
+            source, recorder = self._source(node)
             wanted = max(0, min(size, source.size - offset))
+            recorder.note(offset, wanted)
             parts = source.read(offset, wanted) if wanted else []
             if (got := sum(map(len, parts))) != wanted:
                 raise LayerError(f"{got} bytes came of {wanted}")
+        except AbsentError:
+            raise
         except Exception as error:
-            # Whatever it is, it concerns this read only. What is open is not trusted any more: the layer may be mended, or published by now.
-            self._close(node)
-            self._fault(node, offset, error)
-            raise OSError(errno.EIO, str(error)) from error
+            raise self.failed(node, offset, error) from error
         return parts if len(parts) <= MAX_PARTS else [b"".join(parts)]
+
+    def wants(self, node: int, offset: int, size: int) -> tuple[list[Want], bool]:
+        """What must be here for a read, and whether it is of a memory. EIO, and a line in faults.log, when that cannot be said."""
+        try:
+            source, _ = self._source(node)
+            return source.wants(offset // PAGE, -(-(offset + size) // PAGE)), source.memory
+        except Exception as error:
+            raise self.failed(node, offset, error) from error
+
+    def failed(self, node: int, offset: int, error: Exception) -> OSError:
+        """EIO; there is a line in faults.log."""
+        # Whatever it is, it concerns this read only. What is open is not trusted any more: the layer may be mended, or published by now.
+        self._close(node)
+        self._fault(node, offset, error)
+        return OSError(errno.EIO, str(error))
 
     def close(self) -> None:
         """Let go of all layers; they are opened again when needed."""
-        while self._open:
-            self._open.popitem()[1].close()
+        for node in list(self._open):
+            self._close(node)
 
-    def _source(self, node: int) -> Source:
-        if (source := self._open.get(node)) is not None:
+    def _source(self, node: int) -> tuple[Source, Recorder]:
+        if (found := self._open.get(node)) is not None:
             self._open.move_to_end(node)
-            return source
-        source = self._opened(_layer_id(node))
-        self._open[node] = source
+            return found
+        layer_id = _layer_id(node)
+        found = self._open[node] = (self._opened(layer_id), Recorder(self.files.layer(layer_id).tracing))
         if len(self._open) > OPEN_CHAINS:
-            self._open.popitem(last=False)[1].close()
-        return source
+            self._close(next(iter(self._open)))
+        return found
 
     def _opened(self, layer_id: str) -> Source:
         try:
-            return self._open_source(self._files, layer_id)
+            return self._open_source(self.files, layer_id)
         except LayerError:
-            if self._files.draft(layer_id).root.exists():
+            if self.files.draft(layer_id).root.exists():
                 raise LayerError(f"the layer {layer_id} is still being saved") from None
-            if not self._files.layer(layer_id).record.exists():
+            if not self.files.layer(layer_id).record.exists():
                 raise
-        return self._open_source(self._files, layer_id)  # published between the two looks
+        return self._open_source(self.files, layer_id)  # published between the two looks
 
     def _close(self, node: int) -> None:
-        if (source := self._open.pop(node, None)) is not None:
-            source.close()
+        if (found := self._open.pop(node, None)) is not None:
+            for each in found:
+                each.close()
 
     def _fault(self, node: int, offset: int, error: Exception) -> None:
         message = error.message if isinstance(error, RametError) else f"{type(error).__name__}: {error}"
         line = f"{time.time():.3f} {_layer_id(node)} {offset} {' '.join(message.split())}\n"
         try:
-            fd = os.open(self._files.faults, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.files.faults, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             try:
                 if os.fstat(fd).st_size < FAULTS_LIMIT:
                     os.write(fd, line.encode(errors="replace"))
@@ -150,7 +184,7 @@ class FileSystem:
     def _size(self, node: int) -> int:
         """The size of a layer, or of one that is being saved: a machine starts from that while its pages are still on their way."""
         layer_id = _layer_id(node)
-        layer, draft = self._files.layer(layer_id).record, self._files.draft(layer_id).record
+        layer, draft = self.files.layer(layer_id).record, self.files.draft(layer_id).record
         for record in (layer, draft, layer):  # the third for a layer that was published between the first two looks
             if (size := _recorded_size(record)) is not None:
                 return size
@@ -184,12 +218,12 @@ class FileSystem:
         return (fuse.directory(sorted(self._published()), offset, size),)
 
     def _published(self) -> Iterator[tuple[int, str]]:
-        for name in os.listdir(self._files.layers):  # noqa: PTH208  (thousands of names: a Path of each costs more than the rest)
+        for name in os.listdir(self.files.layers):  # noqa: PTH208  (thousands of names: a Path of each costs more than the rest)
             if (node := _node(name.encode(errors="replace"))) is not None:
                 yield node, name
 
     def _statfs(self, node: int, body: memoryview) -> Sequence[Part]:
-        found = os.statvfs(self._files.root)
+        found = os.statvfs(self.files.root)
         return (fuse.statfs(found.f_blocks * found.f_frsize // PAGE),)
 
 
@@ -231,40 +265,167 @@ def present(parts: Sequence[Part]) -> list[Part]:
     return found
 
 
-def serve(fd: int, system: FileSystem) -> None:
-    """Answer requests until the file system is unmounted. SIGHUP: let go of open layers."""
-    waiting = stale = False
+@dataclass(frozen=True, kw_only=True)
+class Parked:
+    """A READ that is not answered yet. request: as it came; since: monotonic. rounds: how often it was fetched, and was gone again."""
 
-    def let_go(number: int, frame: FrameType | None) -> None:
-        nonlocal stale
-        if waiting:
-            system.close()
-        else:
-            stale = True
+    request: bytes
+    unique: int
+    node: int
+    pid: int
+    offset: int
+    memory: bool
+    since: float
+    rounds: int
 
-    signal.signal(signal.SIGHUP, let_go)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    buffer = memoryview(bytearray(fuse.BUFFER))
-    while True:
-        if stale:
-            stale = False
-            system.close()
-        waiting = True
+
+class Worker:
+    """Answers the requests of one descriptor, until the file system is unmounted. SIGHUP: it lets go of open layers."""
+
+    def __init__(self, fd: int, system: FileSystem) -> None:
+        keeper_pid = os.getppid()
+        self._fd = fd
+        self._system = system
+        self._buffer = memoryview(bytearray(fuse.BUFFER))
+        self._poll = select.epoll()
+        self._line = wanting.Line(system.files, self._poll, lambda: os.kill(keeper_pid, wanting.NUDGE))
+        self._parked: dict[int, Parked] = {}  # by the numbers of what the fetcher was asked
+        self._late: list[Parked] = []  # it is asked again at the next look
+        self._look_at = 0.0
+        self._stale = False
+        self._woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGHUP, self._let_go)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        self._poll.register(self._woken, select.EPOLLIN)
+        os.set_blocking(fd, False)
+        # Exclusive: a request wakes one of those who wait for it, as it would in a read that blocks.
+        self._poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+
+    def run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        idle = False
+        while True:
+            if idle or self._parked or self._late:
+                self._listen()
+            if self._stale:
+                self._stale = False
+                self._system.close()
+            try:
+                length = os.readv(self._fd, [self._buffer])
+            except OSError as error:
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                    return
+                if error.errno not in (errno.ENOENT, errno.EINTR, errno.EAGAIN):  # ENOENT: its asker gave up in this moment
+                    raise
+                idle = error.errno == errno.EAGAIN
+                continue
+            idle = False
+            self._respond(self._buffer[:length])
+
+    def _let_go(self, number: int, frame: FrameType | None) -> None:
+        self._stale = True
+
+    def _listen(self) -> None:
+        """Wait for a request, an answer of the fetcher, a signal; where something is parked, no longer than until the next look."""
+        waits = bool(self._parked or self._late)
+        for fd, events in self._poll.poll(max(0.0, self._look_at - time.monotonic()) if waits else None):
+            if fd == self._woken:
+                os.read(self._woken, fuse.BUFFER)
+            elif fd == self._line.fileno():
+                for number, error in self._line.ready(events):
+                    if (parked := self._parked.pop(number, None)) is not None:
+                        self._answered(parked, error)
+        if waits and time.monotonic() >= self._look_at:
+            self._look()
+
+    def _respond(self, request: memoryview) -> None:
         try:
-            length = os.readv(fd, [buffer])
+            respond(self._fd, self._system, request)
+        except AbsentError:
+            self._park(bytes(request), time.monotonic())
+        if fuse.IN.unpack_from(request)[1] == Opcode.INTERRUPT:
+            self._look_at = 0.0  # it may be of a process that dies; which other worker has its request we cannot know, so each looks anyway
+
+    def _park(self, request: bytes, since: float, rounds: int = 0) -> None:
+        _, _, unique, node, _, _, pid, *_ = fuse.IN.unpack_from(request)
+        offset, size = fuse.read_request(request[fuse.IN.size :])
+        try:
+            wants, memory = self._system.wants(node, offset, size)
         except OSError as error:
-            if error.errno in (errno.ENODEV, errno.ECONNABORTED):
-                return
-            if error.errno not in (errno.ENOENT, errno.EINTR, errno.EAGAIN):  # ENOENT: its asker gave up in this moment
-                raise
-            continue
-        finally:
-            waiting = False
-        respond(fd, system, buffer[:length])
+            _send(self._fd, [fuse.refusal(unique, error.errno or errno.EIO)])
+            return
+        if unique & _RESENT:  # after another worker's death, perhaps to us again
+            for number in [number for number, parked in self._parked.items() if parked.unique == unique]:
+                self._forget(number)
+        if not self._parked and not self._late:
+            self._look_at = time.monotonic() + TICK
+        parked = Parked(request=request, unique=unique, node=node, pid=pid, offset=offset, memory=memory, since=since, rounds=rounds)
+        if rounds % (ROUNDS + 1) == ROUNDS:
+            self._late.append(parked)
+        else:
+            self._parked[self._line.want(_layer_id(node), wants, memory=memory)] = parked
+
+    def _answered(self, parked: Parked, error: RametError | None) -> None:
+        if error is None:
+            self._again(parked)
+        elif parked.memory:
+            self._late.append(parked)
+        else:
+            self._fail(parked, error)
+
+    def _again(self, parked: Parked) -> None:
+        try:
+            respond(self._fd, self._system, memoryview(parked.request))
+        except AbsentError:
+            self._park(parked.request, parked.since, parked.rounds + 1)
+
+    def _fail(self, parked: Parked, error: RametError) -> None:
+        _send(self._fd, [fuse.refusal(parked.unique, self._system.failed(parked.node, parked.offset, error).errno or errno.EIO)])
+
+    def _forget(self, number: int) -> Parked:
+        self._line.forget(number)
+        return self._parked.pop(number)
+
+    def _look(self) -> None:
+        """Ask again for what is late, mend the line, and give up what nobody waits for any more, or waited for too long."""
+        now = time.monotonic()
+        self._look_at = now + TICK
+        dying = {pid: _is_dying(pid) for pid in {parked.pid for parked in (*self._parked.values(), *self._late)}}
+        late, self._late = self._late, []
+        for number, parked in list(self._parked.items()):
+            if dying[parked.pid] or (not parked.memory and now - parked.since > PATIENCE):
+                late.append(self._forget(number))
+        for parked in late:
+            if dying[parked.pid]:
+                _send(self._fd, [fuse.refusal(parked.unique, errno.EINTR)])
+            elif not parked.memory and now - parked.since > PATIENCE:
+                self._fail(parked, AbsentError(f"it could not be fetched in {PATIENCE:g} s"))
+            else:
+                self._again(parked)
+        self._line.tend()
+
+
+def _is_dying(pid: int) -> bool:
+    """Whether a process, or a thread, has been killed or is gone. pid 0: one that we cannot see.
+
+    A signal that kills nobody must not fail a read: a processor of a machine that has a page fault while it is kicked would end its machine.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text() if pid else ""
+    except OSError:
+        return True
+    words = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    pending = int(words.get("SigPnd", "0"), 16) | int(words.get("ShdPnd", "0"), 16)
+    return bool(pending >> (signal.SIGKILL - 1) & 1) or words.get("State", "").strip()[:1] in ("Z", "X")
+
+
+def serve(fd: int, system: FileSystem) -> None:
+    """What a worker process does."""
+    Worker(fd, system).run()
 
 
 def respond(fd: int, system: FileSystem, request: memoryview) -> None:
-    """Answer one request."""
+    """Answer one request. AbsentError: it is a READ that must wait, and is not answered."""
     if len(request) < fuse.IN.size:
         raise OSError(errno.EPROTO, f"a request of {len(request)} bytes")
     length, opcode, unique, node, *_ = fuse.IN.unpack_from(request)
@@ -277,6 +438,10 @@ def respond(fd: int, system: FileSystem, request: memoryview) -> None:
         message = fuse.answer(unique, parts, sum(map(len, parts)))
     except OSError as error:
         message = [fuse.refusal(unique, error.errno or errno.EIO)]
+    _send(fd, message)
+
+
+def _send(fd: int, message: Sequence[Part]) -> None:
     try:
         os.writev(fd, message)
     except OSError as error:
@@ -286,16 +451,19 @@ def respond(fd: int, system: FileSystem, request: memoryview) -> None:
 
 
 def chains(files: StoreDir, layer_id: str) -> Source:
-    """The real source."""
-    return Chain.open(files, layer_id)
+    """The real source. What it may read counts as used now."""
+    chain = Chain.open(files, layer_id)
+    remote.touch(files, chain.blobs() if remote.is_any(files) else ())
+    return chain
 
 
-def main(argv: Sequence[str], open_source: Opener = chains) -> int:
-    """STORE_ROOT FUSE_FD LOCK_FD READY_FD: become the keeper of a file system that is mounted already, see `keeper.keep`."""
+def main(argv: Sequence[str], open_source: Opener = chains, fetcher: Sequence[str] = keeper.FETCHER) -> int:
+    """STORE_ROOT FUSE_FD LOCK_FD READY_FD FETCH_FD: become the keeper of a file system that is mounted already, see `keeper.keep`."""
     root, *numbers = argv
-    fuse_fd, lock_fd, ready_fd = map(int, numbers)
+    fuse_fd, lock_fd, ready_fd, fetch_fd = map(int, numbers)
     files = StoreDir(root=Path(root))
-    return keeper.keep(files, fuse_fd, lock_fd, ready_fd, lambda fd: serve(fd, FileSystem(files, open_source)))
+    child = keeper.Fetcher([*fetcher, root, str(fetch_fd)], fetch_fd)
+    return keeper.keep(files, fuse_fd, lock_fd, ready_fd, lambda fd: serve(fd, FileSystem(files, open_source)), child)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ CHUNK_PAGES = 16
 CHUNK = CHUNK_PAGES * PAGE
 MAX_PAGES = (1 << 32) - 1  # what the tables count in: 16 TiB
 
+BASE_LAYER = "layer:"  # how a base begins that is a layer itself
+
 _ID = re.compile(r"[0-9a-f]{16}")
 _BLOB = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -39,7 +41,8 @@ class Kind(StrEnum):
 class Layer:
     """One layer. Ids are 16 hex digits, sizes in bytes.
 
-    parent: the layer it was made against, empty at the bottom. base: the raw image below the bottom of a disk, relative to the state directory.
+    parent: the layer it was made against, empty at the bottom. base: what is below the bottom of a disk: a raw image, relative to the state directory, or
+    `layer:ID`, a sealed disk layer without a base; beyond its end are zeros. origin: the digest of the tables that a registry has it by; it never changes then.
     chain: the layers that its pages come from, itself last: owner i of `owners` is chain[i-1], owner 0 is the base, or zeros.
     beneath: where the pages are that sealing found to be as they were before; the index says which.
     tables: how often the layer was sealed anew with other owners; the names of its tables say it, so that this record switches all of them at once.
@@ -65,6 +68,12 @@ class Layer:
     zero_bytes: int = 0
     stored_bytes: int = 0
     boot: str = ""
+    origin: str = ""
+
+    @property
+    def base_layer(self) -> str:
+        """The layer below the bottom; empty where that is a raw image, or nothing."""
+        return self.base.removeprefix(BASE_LAYER) if self.base.startswith(BASE_LAYER) else ""
 
     @property
     def pages(self) -> int:
@@ -171,7 +180,7 @@ def _problem(layer: Layer, layer_id: str) -> str:
         return "it is another layer's"
     if not all(map(is_id, (*layer.chain, *layer.beneath, *filter(None, [layer.parent])))):
         return "it names what is no layer"
-    if not all(map(_BLOB.fullmatch, layer.blobs)):
+    if not all(map(_BLOB.fullmatch, (*layer.blobs, *filter(None, [layer.origin])))):
         return "it names what is no blob"
     if not 0 < layer.size <= MAX_PAGES * PAGE:
         return f"its size is {layer.size}"
@@ -181,5 +190,7 @@ def _problem(layer: Layer, layer_id: str) -> str:
 
 
 def base_problem(base: str) -> str:
-    """Why a base image's path may not be used: it must stay below the state directory."""
+    """Why a base may not be used: a path must stay below the state directory."""
+    if base.startswith(BASE_LAYER):
+        return "" if is_id(base.removeprefix(BASE_LAYER)) else "its base is no layer"
     return "its base is no path below the state directory" if Path(base).is_absolute() or ".." in Path(base).parts else ""

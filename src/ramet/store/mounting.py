@@ -19,10 +19,10 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramet import locks, process
+from ramet import locks, process, sockets
 from ramet.errors import HostError
 from ramet.paths import StoreDir
-from ramet.store import fuse, keeper
+from ramet.store import fuse, keeper, wanting
 
 START_DEADLINE = 30.0
 END_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
@@ -57,8 +57,8 @@ def faults(files: StoreDir, layer_id: str = "", since: float = 0.0) -> list[Faul
 
 def pids(files: StoreDir) -> tuple[int, list[int]]:
     """The keeper's and its workers'. FileNotFoundError when none serves the store."""
-    first, *workers = [int(line.split()[1]) for line in files.pids.read_text().splitlines()]
-    return first, workers
+    roles = [line.split()[:2] for line in files.pids.read_text().splitlines()]
+    return int(roles[0][1]), [int(pid) for role, pid in roles if role == "worker"]
 
 
 def usable() -> str:
@@ -129,6 +129,12 @@ class ImageFs:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGHUP)
 
+    def nudge(self) -> None:
+        """Have a fetcher run: whoever connects to `fetch.sock` is answered. HostError when nothing serves the store, or what does cannot fetch."""
+        if self._pidfd < 0:
+            raise HostError("the image file system does not run, and nothing can be fetched without it")
+        wanting.nudge(self._files, pids(self._files)[0])
+
     async def prefetch(self, layer_id: str, extents: Iterable[tuple[int, int]]) -> None:
         """Have parts of a file, (offset, length) in bytes, in the page cache soon; returns when the kernel has been asked for them."""
         ahead = list(extents)
@@ -173,7 +179,8 @@ class ImageFs:
         try:
             fuse_fd = await _mount(self._files.mount)
             try:
-                return await self._spawn(fuse_fd, lock_fd)
+                with sockets.listen(self._files.fetch) as listener:
+                    return await self._spawn(fuse_fd, lock_fd, listener.fileno())
             except BaseException:
                 await _clean(self._files)
                 raise
@@ -182,15 +189,14 @@ class ImageFs:
         finally:
             os.close(lock_fd)
 
-    async def _spawn(self, fuse_fd: int, lock_fd: int) -> int:
+    async def _spawn(self, fuse_fd: int, lock_fd: int, fetch_fd: int) -> int:
         """Start the keeper and wait until it serves; returns its pidfd."""
         reader, writer = os.pipe()
         try:
-            handed = (fuse_fd, lock_fd, writer)
+            handed = (fuse_fd, lock_fd, writer, fetch_fd)
             try:
-                pid = process.spawn_detached(
-                    [*self._command, str(self._files.root), *map(str, handed)], log=self._files.log, pass_fds=handed
-                )
+                command = [*self._command, str(self._files.root), *map(str, handed)]
+                pid = process.spawn_detached(command, log=self._files.log, env=process.confided(), pass_fds=handed)
             finally:
                 os.close(writer)
             pidfd = os.pidfd_open(pid)
@@ -277,7 +283,8 @@ async def _clean(files: StoreDir) -> None:
         await _unmount(files.mount)
         if _mounts(files.mount) >= before:
             raise HostError(f"{files.mount} cannot be unmounted", hint="Unmount it as root: `umount -l`.")
-    files.pids.unlink(missing_ok=True)
+    for path in (files.pids, files.fetch):
+        path.unlink(missing_ok=True)
 
 
 async def _unmount(path: Path) -> None:

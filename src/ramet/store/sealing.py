@@ -17,7 +17,7 @@ from typing import Protocol
 
 from ramet.errors import LayerError
 from ramet.paths import StoreDir
-from ramet.store import blob, index
+from ramet.store import blob, index, remote
 from ramet.store.chain import Chain
 from ramet.store.index import MARK, Index
 from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
@@ -58,7 +58,7 @@ class Sealing:
 
 
 class Known:
-    """Where in the store's blobs a frame is already."""
+    """Where in the store's blobs a frame is already. Not in remote ones: what is made here must not hang on what can be given up again."""
 
     def __init__(self, store: StoreDir) -> None:
         self._store = store
@@ -76,10 +76,18 @@ class Known:
 
     def add(self, layer: Layer, rows: Index) -> None:
         """Frames of another layer may be referred to."""
+        lasting = [not remote.is_remote(self._store, digest) for digest in layer.blobs]
+        if not any(lasting):
+            return
         begin = self._begin[-1] + len(self._indexes[-1][1]) if self._indexes else 0
         self._indexes.append((layer, rows))
         self._begin.append(begin)
-        self._rows.update(zip(array("Q", rows.marks)[::2], range(begin, begin + len(rows)), strict=True))
+        found = zip(array("Q", rows.marks)[::2], range(begin, begin + len(rows)), strict=True)
+        if all(lasting):
+            self._rows.update(found)
+        else:
+            usable = {which for which, lasts in enumerate(lasting) if lasts}
+            self._rows.update(each for each, which in zip(found, rows.blob, strict=True) if which in usable)
 
     def find(self, mark: bytes, frame: bytes) -> tuple[str, int] | None:
         """Blob and offset of a frame with the same bytes: they are read and compared, so that damage elsewhere does not spread."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from ramet.errors import HostError, LayerError
+from ramet.errors import AbsentError, HostError, LayerError
 from ramet.paths import StoreDir
-from ramet.store import blob
+from ramet.store import blob, remote
 from ramet.store.index import MARK, Index, content_length
 from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
+from ramet.store.remote import Want
 from ramet.store.runs import ZERO, Runs, find
 
 Parts = list[bytes | memoryview]
-Below = Callable[[int, int, Parts], None]  # appends the pages first … end-1 of what lies below the chain
 
 _ZEROS = bytes(1 << 20)
 _ZERO_VIEW = memoryview(_ZEROS)
@@ -39,13 +39,19 @@ def is_hole(part: bytes | memoryview) -> bool:
 
 
 class Source(Protocol):
-    """A layer's own pages."""
+    """A layer's own pages, or what lies below a chain."""
 
     def read(self, first: int, end: int, out: Parts) -> None:
-        """Append the pages first … end-1. LayerError when one is damaged or missing."""
+        """Append the pages first … end-1. AbsentError when one is in a registry only, LayerError when one is damaged or missing."""
+
+    def wants(self, first: int, end: int, out: list[Want]) -> None:
+        """Append the frames of remote blobs that reading these pages takes, whether they are here or not."""
 
     def release(self) -> None:
         """Close what is not worth keeping open between reads."""
+
+    def close(self) -> None:
+        """Close everything; it is opened again when it is wanted again."""
 
 
 class Spool:
@@ -79,6 +85,9 @@ class Spool:
             first = stop
             at += 1
 
+    def wants(self, first: int, end: int, out: list[Want]) -> None:
+        pass  # a spool is here
+
     def pages(self, where: int, count: int) -> bytes:
         """So many pages of the file, from its page `where`."""
         length, offset = count * PAGE, where * PAGE
@@ -106,37 +115,72 @@ class Spool:
             os.close(self._fd)
             self._fd = -1
 
+    def close(self) -> None:
+        self.release()
+
 
 class Sealed:
-    """Pages in the frames of blobs."""
+    """Pages in the frames of blobs. below: where those are that the index says nothing of."""
 
-    def __init__(self, store: StoreDir, layer: Layer, index: Index, below: Below) -> None:
+    def __init__(self, store: StoreDir, layer: Layer, index: Index, below: Source) -> None:
+        self._store = store
         self._index = index
         self._what = f"layer {layer.id}"
+        self._blobs = layer.blobs
         self._paths = [str(store.blob(digest)) for digest in layer.blobs]
         self._below = below
 
     def read(self, first: int, end: int, out: Parts) -> None:
+        row, last = self._index.rows(first, end)
+        spans = self._spans(row, last)
+        for row, start, stop in self._rows(first, end):
+            if row < 0:
+                self._below.read(start, stop, out)
+            else:
+                begin = self._index.chunk[row] * CHUNK_PAGES
+                self._chunk(row, start - begin, stop - begin, spans.get(row), out)
+
+    def wants(self, first: int, end: int, out: list[Want]) -> None:
+        index = self._index
+        remotes = [remote.is_remote(self._store, digest) for digest in self._blobs]
+        for row, start, stop in self._rows(first, end):
+            if row < 0:
+                self._below.wants(start, stop, out)
+                continue
+            begin = index.chunk[row] * CHUNK_PAGES
+            wanted = False
+            for low, high, kind, _ in layout(index.data[row], index.zero[row]):
+                low, high = max(begin + low, start), min(begin + high, stop)
+                if low < high and kind == _NEITHER:
+                    self._below.wants(low, high, out)
+                wanted = wanted or (low < high and kind == _DATA)
+            if wanted and index.blob[row] < len(remotes) and remotes[index.blob[row]]:
+                out.append(self.want(row))
+
+    def want(self, row: int) -> Want:
+        """A chunk's frame."""
+        index = self._index
+        return Want(blob=self._blobs[index.blob[row]], offset=index.offset[row], length=index.length[row], mark=index.mark(row))
+
+    def _rows(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The pages first … end-1 in order, each stretch with the row that its chunk has in the index; -1 where it has none."""
         index = self._index
         row, last = index.rows(first, end)
-        spans = self._spans(row, last)
         while first < end:
             chunk = first // CHUNK_PAGES
-            start = chunk * CHUNK_PAGES
-            stop = min(end, start + CHUNK_PAGES)
             if row < last and index.chunk[row] == chunk:
-                self._chunk(row, first - start, stop - start, spans.get(row), out)
+                stop = min(end, (chunk + 1) * CHUNK_PAGES)
+                yield row, first, stop
                 row += 1
             else:
                 stop = min(end, index.chunk[row] * CHUNK_PAGES) if row < last else end
-                self._below(first, stop, out)
+                yield -1, first, stop
             first = stop
 
     def release(self) -> None:
         pass
 
     def close(self) -> None:
-        """Close the blobs; they are opened again when they are wanted again."""
         for path in self._paths:
             blob.files.forget(path)
 
@@ -147,14 +191,27 @@ class Sealed:
         if index.blob[row] >= len(self._paths):
             raise LayerError(f"{what}: the index names a blob that the record does not")
         path = self._paths[index.blob[row]]
-        if compressed is None:
-            compressed = memoryview(blob.read(path, index.offset[row], index.length[row], what))
-        if hashlib.sha256(compressed).digest()[:MARK] != index.marks[row * MARK : row * MARK + MARK]:
-            raise LayerError(f"{what}: blob {Path(path).name} is damaged at {index.offset[row]}: the frame does not match its digest")
+        try:
+            if compressed is None:
+                compressed = memoryview(blob.read(path, index.offset[row], index.length[row], what))
+            if hashlib.sha256(compressed).digest()[:MARK] != index.marks[row * MARK : row * MARK + MARK]:
+                raise LayerError(f"{what}: blob {Path(path).name} is damaged at {index.offset[row]}: the frame does not match its digest")
+        except LayerError as error:
+            raise self._absent(row, what, error) from error
         try:
             return blob.decompress(compressed, content_length(index.data[row]))
         except ValueError as error:
             raise LayerError(f"{what}: blob {Path(path).name}: the frame at {index.offset[row]} is not understood: {error}") from error
+
+    def _absent(self, row: int, what: str, error: LayerError) -> LayerError:
+        """What it means that a frame does not read as it should: that it must be fetched, where it can be, else what was found."""
+        digest, offset = self._blobs[self._index.blob[row]], self._index.offset[row]
+        if not remote.is_remote(self._store, digest):
+            return error
+        blob.files.forget(self._paths[self._index.blob[row]])  # whoever fetches may make the file anew
+        return AbsentError(
+            f"{what}: blob {digest} has not been fetched from its registry at {offset}", details={"blob": digest, "offset": offset}
+        )
 
     def _spans(self, row: int, last: int) -> dict[int, memoryview]:
         """The compressed frames of several rows, read with as few calls as they lie together."""
@@ -204,7 +261,7 @@ class Sealed:
                 zeros((high - low) * PAGE, out)
             else:
                 begin = index.chunk[row] * CHUNK_PAGES
-                self._below(begin + low, begin + high, out)
+                self._below.read(begin + low, begin + high, out)
 
     def _cached(self, row: int, compressed: memoryview | None) -> bytes:
         mark = self._index.mark(row)

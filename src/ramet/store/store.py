@@ -5,7 +5,8 @@ Everything is staged, then renamed: a crash leaves the old or the new, and what 
 Locks, all by flock, so that they end with their holder:
 a draft's directory, also after it is published, until its maker has written down that it exists;
 a spool's `runs`, while it is sealed or made durable; a sealed layer's index, while it is sealed anew;
-the directory of blobs, shared by those who refer to blobs that no record names yet, alone by one who removes blobs.
+the directory of blobs, shared by those who refer to blobs that no record names yet, alone by one who removes blobs;
+a blob that can be fetched, shared by those who fetch and verify all of it, alone by one who gives up chunks.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from typing import BinaryIO
 from ramet import locks
 from ramet.errors import BusyError, HostError, LayerError, SpecError
 from ramet.paths import LayerDir, StoreDir
-from ramet.store import disk, garbage, layer, sealing, verify
-from ramet.store.adoption import LARGEST, Adoption
+from ramet.store import disk, eviction, garbage, layer, sealing, tracing, verify
+from ramet.store.adoption import LARGEST, Adoption, fetched
 from ramet.store.blob import Writer
-from ramet.store.chain import Chain, Locate, published, published_owners, spool_runs
+from ramet.store.chain import Chain, Fetch, Locate, published, published_owners, spool_runs
+from ramet.store.eviction import Evicted
 from ramet.store.garbage import Freed
 from ramet.store.layer import PAGE, Kind, Layer
 from ramet.store.runs import ZERO, Owners, Runs
@@ -93,8 +95,8 @@ class Store:
     def draft(self, kind: Kind, size: int, parent: str = "", base: str = "") -> Draft:
         """Begin a layer. SpecError when what it is to stand on does not fit, LayerError when that is missing or damaged.
 
-        parent: what it is a difference of, which the caller keeps from being removed. base: for the first layer of a disk, the raw image
-        below it, relative to the state directory.
+        parent: what it is a difference of, which the caller keeps from being removed. base: for the first layer of a disk what is below it, as in its
+        record; the caller keeps that too.
         """
         if parent:
             above = layer.published(self.files, parent)
@@ -107,6 +109,10 @@ class Store:
             raise SpecError(f"{base}: {problem}")
         if base and kind is not Kind.DISK:
             raise SpecError("only a disk has a base image")
+        if name := base.removeprefix(layer.BASE_LAYER) if base.startswith(layer.BASE_LAYER) else "":
+            below = layer.published(self.files, name)
+            if below.kind is not Kind.DISK or below.base or not below.sealed:
+                raise SpecError(f"layer {name} cannot be a base: that is a sealed disk without one")
         if not 0 < size <= layer.MAX_PAGES * PAGE:
             raise SpecError(f"a layer cannot have {size} bytes")
         while True:
@@ -167,7 +173,7 @@ class Store:
         if runs.end > record.pages:
             raise LayerError(f"layer {record.id} has {record.pages} pages, and its runs {runs.end}")
         source = Spool(runs, Path(f"/proc/self/fd/{fd}"), f"what layer {record.id} is made from", length=1 << 63, fd=fd)
-        with self._referring():
+        with self.referring():
             self._settle_below(record)
             record, kept = self._seal(record, files, source, progress)
             owners, chain = self._owners(record, files, kept)
@@ -188,7 +194,7 @@ class Store:
         files = self.files.layer(layer_id)
         record = layer.published(self.files, layer_id)
         if adopt or not record.sealed:
-            with self._seal_lock(layer_id) as record, self._referring():
+            with self._seal_lock(layer_id) as record, self.referring():
                 if adopt or not record.sealed:
                     adopting = Adoption(self.files, record, adopt, thorough=thorough) if adopt else None
                     record = self._seal_anew(record, files, progress, adopting)
@@ -207,9 +213,10 @@ class Store:
         records = garbage.Records(self.files)
         others = set(keep) - {layer_id}
         found = records.get(layer_id)
-        below = garbage.needed(records, found.chain, whole=False) if found else set()
+        below = garbage.needed(records, found.chain, whole=False) if found and not fetched(self.files, found) else set()
         elsewhere = others if shared else garbage.needed(records, others)
-        return sorted(below - elsewhere - {layer_id})
+        alone = below - elsewhere - {layer_id}
+        return sorted(name for name in alone if name not in records or not fetched(self.files, records[name]))
 
     def get(self, layer_id: str) -> Layer:
         """A layer's record. NotFoundError, LayerError."""
@@ -219,15 +226,15 @@ class Store:
         """The published layers, oldest first, without those whose record is damaged: `verify` names them."""
         return garbage.readable(self.files)
 
-    def verify(self, layer_id: str) -> list[str]:
-        """Read the layer and all it stands on, every chunk and every blob: what is wrong, each with its layer, chunk and blob."""
-        return verify.problems(self.files, layer_id)
+    def verify(self, *layer_ids: str) -> list[str]:
+        """Read layers and all they stand on, every chunk and every blob: what is wrong, each with its layer, chunk and blob."""
+        return verify.problems(self.files, layer_ids)
 
-    def export(self, layer_id: str, out: BinaryIO | int, progress: Progress | None = None) -> None:
-        """Write the raw image: sparse into a file (empty, or new), with all its zeros into a pipe."""
+    def export(self, layer_id: str, out: BinaryIO | int, progress: Progress | None = None, fetch: Fetch | None = None) -> None:
+        """Write the raw image: sparse into a file (empty, or new), with all its zeros into a pipe. fetch: as of `Chain.open`."""
         fd = out if isinstance(out, int) else out.fileno()
         name = Path(f"/proc/self/fd/{fd}")
-        with Chain.open(self.files, layer_id) as chain:
+        with Chain.open(self.files, layer_id, fetch=fetch) as chain:
             with disk.guard("write", name):
                 sparse = _seekable(fd)
             for offset in range(0, chain.size, _BLOCK):
@@ -244,13 +251,25 @@ class Store:
                 with disk.guard("write", name):
                     os.ftruncate(fd, chain.size)
 
-    def gc(self, keep: Iterable[str] | Callable[[], Iterable[str]]) -> Freed:
+    def gc(self, keep: Iterable[str] | Callable[[], Iterable[str]], *, dry_run: bool = False) -> Freed:
         """Remove the layers that neither are named nor needed by one that is, what was abandoned half-made, and the blobs that no layer refers to.
 
         keep: a function is asked after the layers were listed, so that what is published while it thinks is not taken; what it names for others to keep
-        must be on record before its draft is let go.
+        must be on record before its draft is let go. dry_run: nothing is removed.
         """
-        return garbage.collect(self.files, keep, self._step)
+        return garbage.collect(self.files, keep, self._step, dry_run=dry_run)
+
+    def evict(self, excess: int, in_use: Callable[[], Iterable[str]], *, dry_run: bool = False) -> Evicted:
+        """Give up so many bytes of chunks that can be fetched again, where no layer that is in use needs them; as many as there are, where that is less."""
+        return eviction.evict(self.files, excess, in_use, self._step, dry_run=dry_run)
+
+    def begin_trace(self, layer_id: str) -> None:
+        """See `tracing.begin`."""
+        tracing.begin(self.files, layer_id)
+
+    def end_trace(self, layer_id: str) -> list[int]:
+        """See `tracing.end`."""
+        return tracing.end(self.files, layer_id)
 
     # How layers come to be
 
@@ -419,7 +438,7 @@ class Store:
             os.close(lock)
 
     @contextlib.contextmanager
-    def _referring(self) -> Iterator[None]:
+    def referring(self) -> Iterator[None]:
         """Nobody removes a blob in the body. Waits for one who does, which is a matter of unlinking files."""
         with disk.guard("read", self.files.blobs):
             fd = os.open(self.files.blobs, os.O_RDONLY | os.O_CLOEXEC)

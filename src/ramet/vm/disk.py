@@ -12,6 +12,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from ramet.errors import DaemonError, LayerError
 from ramet.paths import MachineDir
 from ramet.records import dump, load
 from ramet.store.disk import allocated as taken
@@ -44,12 +45,15 @@ class _File(DiskState):
 
 
 def read(files: MachineDir) -> Disks:
-    """What the machine has."""
+    """What the machine has. LayerError when that is damaged."""
     try:
         text = files.disk.read_text()
     except FileNotFoundError:
         return ()
-    found = load(_File, json.loads(text), str(files.disk))
+    try:
+        found = load(_File, json.loads(text), str(files.disk))
+    except (ValueError, DaemonError) as error:
+        raise LayerError(f"{files.disk}, which says what the machine's disks stand on, is damaged", hint="Delete the machine.") from error
     root = DiskState(**{field.name: getattr(found, field.name) for field in dataclasses.fields(DiskState)})
     return (root, *found.drives)
 

@@ -1,0 +1,114 @@
+"""The whole way of a chunk that is not here: a guest's read, the image file system, the fetcher, a real registry that wants to know who asks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ramet.paths import StoreDir
+from ramet.registry.client import Registry as Client
+from ramet.store import mounting, remote
+from ramet.store.fetching import Fetcher
+from ramet.store.layer import Layer
+from ramet.store.mounting import ImageFs
+from ramet.store.remote import Source
+
+from .conftest import Registry
+from .fakeblobs import DEADLINE, frames, layer, lend, same, store
+
+PATH = "acme/shop"
+
+
+@dataclass
+class Bed:
+    there: StoreDir
+    here: StoreDir
+    record: Layer
+    fs: ImageFs
+
+    @property
+    def served(self) -> Path:
+        return self.here.served(self.record.id)
+
+    def fetcher(self) -> int:
+        lines = [line.split() for line in self.here.pids.read_text().splitlines()]
+        return next((int(pid) for role, pid, _ in lines if role == "fetcher"), 0)
+
+
+@pytest.fixture
+async def bed(tmp_path: Path, registries: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bed]:
+    if reason := mounting.usable():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    registry = registries(credentials="me:secret")
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(registry.login(tmp_path / "login")))
+    monkeypatch.setenv("RAMET_FETCH_RATE", "0")
+    one, other = store(tmp_path / "there"), store(tmp_path / "here")
+    record = layer(one, 200)
+    data = one.files.blob(record.blobs[0]).read_bytes()
+    async with Client.open(registry.address) as client:
+        await client.upload(PATH, record.blobs[0], len(data), lambda at, length: data[at : at + length], lambda done: None)
+    lend(one.files, other.files, [record], Source(host=registry.address, path=PATH))
+    fs = ImageFs(other.files)
+    await fs.ensure()
+    try:
+        yield Bed(one.files, other.files, record, fs)
+    finally:
+        await fs.stop()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+async def test_what_a_guest_reads_comes_and_no_more(bed: Bed) -> None:
+    def read() -> bytes:
+        with open(bed.served, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            return os.pread(file.fileno(), 4096, 50 * 65536)
+
+    page = await asyncio.wait_for(asyncio.to_thread(read), DEADLINE)
+    assert page[:2048] != bytes(2048)
+    assert page[2048:] == bytes(2048)
+    wants = frames(bed.here, bed.record)
+    assert same(bed.there, bed.here, wants[50:51])
+    async with Fetcher.connect(bed.here, bed.fs.nudge) as line:
+        assert (await line.status()).fetched == wants[50].length
+
+
+async def test_a_guest_reads_all_while_fetchers_and_workers_are_killed(bed: Bed) -> None:
+    reading = asyncio.ensure_future(asyncio.to_thread(_digest, bed.served))
+    for _ in range(3):
+        await asyncio.sleep(0.3)
+        _, workers = mounting.pids(bed.here)
+        for pid in (bed.fetcher(), workers[0]):
+            with contextlib.suppress(ProcessLookupError):
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
+    there = ImageFs(bed.there)
+    await there.ensure()
+    try:
+        wanted = await asyncio.to_thread(_digest, bed.there.served(bed.record.id))
+    finally:
+        await there.stop()
+    assert await asyncio.wait_for(reading, DEADLINE) == wanted
+
+
+async def test_what_was_brought_is_read_without_the_registry(bed: Bed) -> None:
+    async with Fetcher.connect(bed.here, bed.fs.nudge) as line:
+        await asyncio.wait_for(line.bring([bed.record.id]), DEADLINE)
+        fetched = (await line.status()).fetched
+        await asyncio.to_thread(_digest, bed.served)
+        assert (await line.status()).fetched == fetched
+    found = remote.load(bed.here, bed.record.blobs[0])
+    assert found
+    assert found.whole
+    assert fetched == found.size

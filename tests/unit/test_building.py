@@ -1,0 +1,40 @@
+"""What makes a build another one, and where builds are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ramet.building import key, repository
+from ramet.errors import SpecError
+from ramet.model import Lifecycle, Port, Spec
+
+SPEC = Spec(name="shop", image="alpine:3", ports=(Port(guest=80, host=8080),), lifecycle=Lifecycle(create="make"))
+
+
+@pytest.mark.parametrize("change", [
+    {"cpus": 2},
+    {"memory": 1 << 30},
+    {"lifecycle": Lifecycle(create="make all")},
+    {"env": {"A": "b"}},
+    {"ports": (Port(guest=81, host=8080),)},
+])  # fmt: skip
+def test_a_change_makes_another_key(change: dict[str, object]) -> None:
+    assert key(dataclasses.replace(SPEC, **change), "sha256:1", memory=True) != key(SPEC, "sha256:1", memory=True)  # type: ignore[arg-type]
+
+
+def test_the_image_s_content_and_the_memory_count_and_names_of_the_host_do_not() -> None:
+    first = key(SPEC, "sha256:1", memory=True)
+    assert len(first) == 12
+    assert key(SPEC, "sha256:2", memory=True) != first
+    assert key(SPEC, "sha256:1", memory=False) != first
+    assert key(dataclasses.replace(SPEC, name="other", ports=(Port(guest=80),)), "sha256:1", memory=True) == first
+
+
+def test_repositories() -> None:
+    assert repository("ghcr.io/acme/shop:main") == "ghcr.io/acme/shop"
+    assert repository("127.0.0.1:5000/shop") == "127.0.0.1:5000/shop"
+    for wrong in ("debian:12", "oci:/tmp/x", f"ghcr.io/acme/shop@sha256:{'0' * 64}"):
+        with pytest.raises(SpecError, match="is no place in a registry"):
+            repository(wrong)
