@@ -129,8 +129,8 @@ async def lacking(state: StateDir, registry: Unreliable, *names: str) -> AsyncIt
 
 
 def hollow(engine: Engine, layer: str) -> None:
-    """Give up the chunks of a layer that do not compress at all, which hold nothing but the files. All others are in the page cache: what the kernel reads ahead
-    of a chunk that is not here would have a page beside it wait too."""
+    """Give up the chunks of a layer that do not compress at all, which hold nothing but the files. All others are in the page cache: what the kernel reads
+    ahead of a chunk that is not here would have a page beside it wait too."""
     files, record = engine._ops.store.files, engine._ops.store.get(layer)
     with open(files.served(layer), "rb", buffering=0) as served:
         while served.read(1 << 20):

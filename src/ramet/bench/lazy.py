@@ -24,7 +24,8 @@ from ramet.paths import StoreDir
 from ramet.store import garbage, remote, stock
 from ramet.store.fetching import Fetcher
 
-SHARE, SOONER, TRACED, SPEED, ONCE = 8.0, 1 / 10, 2 / 3, 70.0, 1.0
+SHARE, SOONER, TRACED, SPEED = 8.0, 1 / 10, 2 / 3, 70.0
+ONCE = 1.1  # what lies between two chunks that are fetched together comes along and is thrown away
 SLOW, FAST = 100_000_000, 1_000_000_000  # bits a second
 _MIB = 1 << 20
 _PIECE = 1 << 20
@@ -330,22 +331,19 @@ async def _machines(run: Run) -> None:
 
         async def one(name: str) -> None:
             await found.engine.create_from(pushed.reference, name)
-            await members.first_command(found.engine, name)
+            await members.shell(found.engine, name, COMPILE.script)
 
         began = time.perf_counter()
         await asyncio.gather(*(one(f"machine-{number}") for number in range(run.size.machines)))
         seconds = time.perf_counter() - began
-        async with Fetcher.connect(found.state.store, lambda: None) as fetcher:
-            status = await fetcher.status()
         here = await asyncio.to_thread(_here, found.state.store)
+        async with Fetcher.connect(found.state.store, lambda: None) as fetcher:
+            status = await fetcher.status()  # after that: what comes meanwhile counts against us
+    title = f"{run.size.machines} machines at once: bytes fetched, as a multiple of the chunks that are here then"
     run.say(
-        Figure(
-            figure=f"{run.size.machines} machines at once: bytes fetched, as a multiple of the chunks that are here then",
-            value=status.fetched / here,
-            unit="x",
-        ),
+        limit(title, status.fetched / here, "x", ONCE),
         Figure(figure="the same: fetched", value=status.fetched / _MIB, unit="MiB"),
-        Figure(figure="the same: all have answered their first command after", value=seconds, unit="s"),
+        Figure(figure="the same: all have compiled after", value=seconds, unit="s"),
     )
 
 

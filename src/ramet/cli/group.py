@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 ORDER = (
     *("tour", "setup", "up", "down", "shell", "run", "cp", "list", "show", "info", "logs", "create", "start", "stop", "update", "delete"),
     *("fork", "pause", "resume", "hibernate", "snapshot", "snapshots", "restore", "template", "tree", "layer", "compact"),
-    *("push", "pull", "convert", "gc", "fsck"),
+    *("build", "push", "pull", "convert", "gc", "fsck"),
     *("ps", "attach", "kill", "files", "forward", "metrics", "events", "bench", "daemon"),
 )
 

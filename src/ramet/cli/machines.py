@@ -93,10 +93,11 @@ def _changes(old: Spec, new: Spec) -> list[str]:
 
 def _ready(machine: Machine, was: State | None) -> None:
     """Say that it runs, and how to go on."""
+    restored = was is State.HIBERNATED or (was is None and bool(machine.snapshot))
     how = {None: "is made and runs", State.RUNNING: "was running already"}.get(was, "runs again")
     details = [
         machine.accelerator.words if machine.accelerator else "",
-        took(machine, booted=was is not State.HIBERNATED) if was not in (State.RUNNING, State.PAUSED) else "",
+        took(machine, booted=not restored) if was not in (State.RUNNING, State.PAUSED) else "",
     ]
     said = ", ".join(filter(None, details))
     text.say(f"{paint_name(machine)} {how}{f' ({said})' if said else ''}.")
