@@ -17,7 +17,7 @@ from ramet.paths import StateDir
 from ramet.store import remote
 from tests.fixtures import Artifacts, Box, States, opened
 from tests.host.conftest import Registry, registries
-from tests.machine.test_registry import ready
+from tests.machine.witness import saved
 
 __all__ = ["registries"]
 DEADLINE = 300.0
@@ -59,7 +59,7 @@ async def pulled(artifacts: Artifacts, states: States, elsewhere: Engine, regist
         await engine.create(artifacts.spec("shop"))
         await Box(engine, "shop").sh(f"mkdir -p /srv; {NOISE}; echo in memory > /run/word; sync; sha256sum /srv/noise > /run/sum")
         await engine.snapshot("shop", "warm")
-        await ready(engine, "shop@warm")
+        await saved(engine, "shop@warm")
         await engine.push("shop@warm", name)
     await elsewhere.pull(name)
     assert absent(elsewhere) == 0

@@ -57,6 +57,7 @@ class Unreliable:
         return f"127.0.0.1:{self.port}/acme/shop:1"
 
     def up(self) -> None:
+        self.down()
         root = self.config.parent
         self.config.write_text(
             f"version: 0.1\nlog: {{accesslog: {{disabled: true}}}}\nhttp: {{addr: '127.0.0.1:{self.port}', secret: test}}\n"
@@ -87,7 +88,10 @@ async def registry(engine: Engine, artifacts: Artifacts, tmp_path_factory: pytes
     try:
         await engine.create(artifacts.spec("shop"))
         box = Box(engine, "shop")
-        await box.sh(f"set -- /run/noise; {FILL}; mkdir -p /srv; set -- /srv/noise; {FILL}; sync; echo 3 > /proc/sys/vm/drop_caches")
+        await box.sh(
+            f"mkdir -p /srv; set -- /srv/noise; {FILL}; sync; echo 3 > /proc/sys/vm/drop_caches; sleep 5"
+        )  # free pages are given back
+        await box.sh(f"set -- /run/noise; {FILL}")
         await box.sh(f"({TICKER}) > /dev/null 2>&1 &")
         await engine.snapshot("shop", "warm", test=False)
         await engine.delete("shop")
@@ -108,43 +112,45 @@ def elsewhere(states: States, tmp_path: Path, registry: Unreliable, monkeypatch:
     shutil.copy(states.artifacts.store.kvm, state.kvm)
     state.create()
     states.scratch.add(state)
-    registry.down()
     registry.up()
     yield state
     registry.down()
 
 
 @contextlib.asynccontextmanager
-async def lacking(state: StateDir, registry: Unreliable, *names: str) -> AsyncIterator[Engine]:
-    """An engine with machines from the registry, of which all is here but the two files."""
+async def lacking(state: StateDir, registry: Unreliable, *names: str, disk: bool = False) -> AsyncIterator[Engine]:
+    """An engine with machines from the registry, of which all is here but the file in their memory, or the one on the disk."""
     async with opened(state) as engine:
         await engine.pull(registry.name)
         for name in names:
             await engine.create_from(registry.name, name)
             assert await Box(engine, name).text("hostname; cat /run/noise.sum /srv/noise.sum | wc -l") == f"{name}\n2"
         found = await engine.get_snapshot(registry.name)
-        for layer in (found.memory_layer, found.disk_layer):
-            await asyncio.to_thread(hollow, engine, layer)
+        await asyncio.to_thread(hollow, engine, found.disk_layer if disk else found.memory_layer)
         yield engine
 
 
 def hollow(engine: Engine, layer: str) -> None:
-    """Give up the chunks of a layer that do not compress at all, which hold nothing but the files. All others are in the page cache: what the kernel reads
-    ahead of a chunk that is not here would have a page beside it wait too."""
+    """Give up the chunks of a layer that do not compress at all, which hold nothing but the files. All others are in the page cache: the kernel asks for
+    several at once, and one that is not here would have those beside it wait too."""
     files, record = engine._ops.store.files, engine._ops.store.get(layer)
+    found = index.of_layer(files.layer(layer), record)
+    for digest in record.blobs:
+        known = remote.load(files, digest)
+        assert known
+        remote.save(files, dataclasses.replace(known, whole=False))
+    gone = set()
+    for chunk, blob, offset, length in zip(found.chunk, found.blob, found.offset, found.length, strict=True):
+        if length >= CHUNK:
+            gone.add(chunk)
+            with open(files.blob(record.blobs[blob]), "r+b") as file:
+                eviction.punch(file.fileno(), offset, offset + length)
     with open(files.served(layer), "rb", buffering=0) as served:
-        while served.read(1 << 20):
-            pass
-        found = index.of_layer(files.layer(layer), record)
-        for digest in record.blobs:
-            known = remote.load(files, digest)
-            assert known
-            remote.save(files, dataclasses.replace(known, whole=False))
-        for chunk, blob, offset, length in zip(found.chunk, found.blob, found.offset, found.length, strict=True):
-            if length >= CHUNK:
-                with open(files.blob(record.blobs[blob]), "r+b") as file:
-                    eviction.punch(file.fileno(), offset, offset + length)
-                os.posix_fadvise(served.fileno(), chunk * CHUNK, CHUNK, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(served.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(served.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # what is asked for, and nothing beside it
+        for chunk in range(record.size // CHUNK):
+            if chunk not in gone:
+                os.pread(served.fileno(), CHUNK, chunk * CHUNK)
 
 
 @contextlib.asynccontextmanager
@@ -231,23 +237,28 @@ def fetcher(state: StateDir) -> int:
 
 async def test_a_machine_that_waits_can_be_ended(elsewhere: StateDir, registry: Unreliable) -> None:
     async with lacking(elsewhere, registry, "one") as engine:
-        registry.down()
-        for how in ("restore", "stop", "stop --force", "delete"):
+        layer = (await engine.get_snapshot(registry.name)).memory_layer
+        for how in ("stop", "stop --force", "restore", "delete"):
             if (await engine.get("one")).state is State.STOPPED:
-                await engine.restore("one")  # what a start needs is here
+                await engine.restore("one")
+                await asyncio.to_thread(hollow, engine, layer)
+            registry.down()
             async with hearing(engine) as ear, reading(engine, "one") as task:
                 machine = await waits(ear, engine, "one")
                 match how:
+                    case "restore":
+                        registry.up()
+                        assert (await engine.restore("one")).state is State.RUNNING
+                        assert await Box(engine, "one").text("hostname") == "one"
+                        await asyncio.to_thread(hollow, engine, layer)
                     case "delete":
                         await engine.delete("one")
                         with pytest.raises(NotFoundError):
                             await engine.get("one")
-                    case "restore":
-                        assert (await engine.restore("one")).state is State.RUNNING
-                        assert await Box(engine, "one").text("hostname") == "one"
                     case _:
                         stopped = await engine.stop("one", force=how.endswith("force"))
                         assert (stopped.state, stopped.reason) == (State.STOPPED, "")
+                        registry.up()
                 assert not Path(f"/proc/{machine.pid}").exists()
                 await asyncio.wait({task}, timeout=DEADLINE)
                 assert task.exception()
@@ -271,7 +282,7 @@ async def test_what_cannot_start_says_what_it_waited_for(
 
 
 async def test_a_disk_that_cannot_be_read_is_an_error_in_the_guest(elsewhere: StateDir, registry: Unreliable) -> None:
-    async with lacking(elsewhere, registry, "one") as engine, hearing(engine) as ear:
+    async with lacking(elsewhere, registry, "one", disk=True) as engine, hearing(engine) as ear:
         registry.down()
         async with reading(engine, "one", "/srv/noise") as task:
             assert "Input/output error" in await asyncio.wait_for(task, DEADLINE)
