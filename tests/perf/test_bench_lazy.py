@@ -15,10 +15,14 @@ from tests.fixtures import Artifacts
 from tests.host.conftest import need
 
 WORDS = {
-    "image": ("fetched before the first command, of the artifact", "first command, lazy", "with a trace, as a multiple", "full pull"),
-    "memory": ("what was saved of it", "fetched before the first command, of the artifact"),
-    "reading": ("as a share of curl's", "curl of the same blobs"),
-    "machines": ("machines at once",),
+    "image": (
+        "100 Mbit/s, first command: fetched before, of the artifact",
+        "first compilation: as a multiple of that after a full pull",
+        "first compilation: with a trace, as a multiple of without",
+    ),
+    "memory": ("what was saved of it", "1000 Mbit/s, first command: fetched before, of the artifact"),
+    "reading": ("as a share of curl's", "curl of the same blobs", "cpu of fetching"),
+    "machines": ("3 machines at once: bytes fetched",),
 }
 
 

@@ -24,7 +24,7 @@ from ramet.store.supply import Place, Supply
 DEADLINE = 60.0  # seconds for which the read of a disk is tried
 SILENCE = 15.0  # seconds without a byte after which a request has failed
 MOMENT = 1.0  # seconds that a read must have been failing before others hear of it
-CALM = 3.0  # seconds without a read that waits until the background goes on: a guest that starts computes between its reads
+CALM = 10.0  # seconds without a read that waits until the background goes on: a guest that starts computes between its reads
 _INLINE = 256 << 10  # bytes that are hashed and written without a thread, which costs more
 _MANY = 64  # frames that are not looked for in the loop's thread: hashing them would hold up guests
 _GATHERED = 1 << 20  # bytes of which nobody waits for the first

@@ -12,7 +12,7 @@ import fcntl
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ramet.errors import LayerError, RametError
@@ -144,7 +144,7 @@ class _Eviction:
         if (found.whole or not found.evicted) and not self._dry_run:
             self._step("evict record")
             last = remote.used(self._files, found.digest)
-            remote.save(self._files, replace(found, whole=False, evicted=True))
+            remote.change(self._files, found.digest, whole=False, evicted=True)
             os.utime(self._files.remote(found.digest), (last, last))
 
     def _punched(self, fd: int, ranges: Iterable[tuple[int, int]], starts: Sequence[int], most: int) -> int:

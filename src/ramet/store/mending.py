@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from ramet.errors import RametError
 from ramet.paths import StoreDir
@@ -40,7 +39,7 @@ def misplaced(files: StoreDir) -> Iterator[tuple[str, Remote | None]]:
 
 def place(files: StoreDir, found: Remote) -> None:
     """Have a file for a blob again, for what is fetched of it."""
-    remote.save(files, replace(found, whole=False))
+    remote.change(files, found.digest, whole=False)
     remote.place(files, found.digest, found.size)
 
 
@@ -74,7 +73,7 @@ def _mend(files: StoreDir, digest: str, frames: list[Want]) -> int:
         return 0
     spoilt = [(want.offset, want.offset + want.length) for want in frames if _is_spoilt(files, want)]
     if found.whole and blob.digest(path) != digest:
-        remote.save(files, replace(found, whole=False))
+        remote.change(files, found.digest, whole=False)
         # What is wrong may lie where no frame is that we know: in the seek table, or in frames of layers that are not here.
         known = sorted({(want.offset, want.offset + want.length) for want in frames})
         spoilt += eviction.between(known, found.size)

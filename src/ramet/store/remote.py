@@ -7,6 +7,7 @@ mean that the chunk is fetched again.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -76,16 +77,38 @@ def save(files: StoreDir, found: Remote) -> None:
     disk.replace(files.remote(found.digest), json.dumps(records.dump(found)).encode(), durable=True)
 
 
+def change(files: StoreDir, digest: str, **changes: bool) -> None:
+    """Change a record, if there is one; what another process changes of it at the same time is not lost."""
+    with _alone(files):
+        if found := load(files, digest):
+            save(files, replace(found, **changes))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _alone(files: StoreDir) -> Iterator[None]:
+    """The daemon, the fetcher and a collection write to these records: one after the other."""
+    with disk.guard("read", files.remotes):
+        fd = os.open(files.remotes, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def expect(files: StoreDir, digest: str, size: int, source: Source) -> None:
     """Have a place for a blob that is not here, and know where it is to be had. One that is here stays as it is; one more source is remembered."""
-    found = load(files, digest)
-    path = files.blob(digest)
-    if not found and path.exists():
-        return
-    others = tuple(each for each in found.sources if each != source) if found else ()
-    whole = bool(found and found.whole and path.exists())  # a collection that was cut off takes the blob before its record
-    save(files, replace(found, sources=(source, *others), whole=whole) if found else Remote(digest=digest, size=size, sources=(source,)))
-    place(files, digest, size)
+    with _alone(files):
+        found = load(files, digest)
+        path = files.blob(digest)
+        if not found and path.exists():
+            return
+        others = tuple(each for each in found.sources if each != source) if found else ()
+        whole = bool(found and found.whole and path.exists())  # a collection that was cut off takes the blob before its record
+        save(
+            files, replace(found, sources=(source, *others), whole=whole) if found else Remote(digest=digest, size=size, sources=(source,))
+        )
+        place(files, digest, size)
 
 
 def place(files: StoreDir, digest: str, size: int) -> None:

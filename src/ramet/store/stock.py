@@ -9,7 +9,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ramet.errors import LayerError, NoSpaceError, RametError
@@ -219,8 +219,7 @@ def settle(files: StoreDir, digest: str) -> bool:
         if blob.digest(path) != digest:
             return False
         disk.sync(path)  # `whole` says that nothing need be looked at again, after a crash of the host too
-        if found := remote.load(files, digest):
-            remote.save(files, replace(found, whole=True, evicted=False))
+        remote.change(files, digest, whole=True, evicted=False)
         return True
     finally:
         os.close(lock)
