@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from ramet import bringup, disks, images, lifecycle, locks, restoring, saving
 from ramet.errors import RametError
+from ramet.fetchwatch import WAITS
 from ramet.model import ImageConfig, Snapshot, State
 from ramet.operations import LOST, Entry, Operations, retrieve
 from ramet.records import load
@@ -18,6 +19,7 @@ from ramet.vm.machine import Vm
 
 log = logging.getLogger("ramet")
 
+_AGAIN = 1.0  # seconds until a machine that waits for its memory, and so did not answer for half a minute, is asked again
 _ADOPTING = 5.0  # seconds that the daemon's start waits for running machines to answer; the rest is found in the background
 
 
@@ -135,6 +137,12 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
             await machine.monitor("cont")
         await machine.connect_agent(deadline=vm.BOOT_DEADLINE / 3, resync=True)
     except RametError as error:
+        if entry.record.reason.startswith(WAITS) and vm.is_alive(files):  # its monitor answers when it has the page that it waits for
+            if entry.vm:
+                await entry.vm.release()
+                entry.vm = None
+            ops.spawn(_adopt_later(ops, entry))
+            return
         await ops.set(entry, state=State.FAILED, reason=f"it could not be found again after a restart of the daemon: {error.message}")
         return
     log.info("%s runs on (QEMU %d)", entry.record.name, machine.pid)
@@ -142,3 +150,9 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
         await ops.set(entry, state=State.RUNNING)
     ops.watch(entry, machine)
     await restoring.open_ports(ops, entry)
+
+
+async def _adopt_later(ops: Operations, entry: Entry) -> None:
+    await asyncio.sleep(_AGAIN)
+    if entry.record.state is State.PAUSED and not entry.operation and entry.record.id in ops.entries:
+        await _adopt(ops, entry)

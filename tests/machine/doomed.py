@@ -107,7 +107,7 @@ def watch(fate: Fate) -> None:
 
 async def sealed(engine: Engine) -> None:
     """Wait until what is done to snapshots in the background is done."""
-    if worker := engine._forks._sealer._worker:
+    if worker := engine._forks.sealer._worker:
         await asyncio.wait({worker})
 
 
