@@ -315,7 +315,8 @@ def test_hundreds_who_want_this_and_that_are_all_served(bed: Bed) -> None:
     assert done == [[None]] * 12
     asked = sorted((begin, end) for _, begin, end in bed.server.asked)
     wanted = sum(want.length for want in wants)
-    assert bed.server.sent <= wanted  # nothing twice
+    # What many want comes once: 360 frames were wanted of so many. Small gaps are read over, also where they came before.
+    assert bed.server.sent <= 1.5 * wanted
     assert len(asked) < 100
 
 
