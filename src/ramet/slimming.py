@@ -15,6 +15,7 @@ _DEADLINE = 60.0  # seconds for the guest to write back what is dirty and to dro
 _GIVING = 15.0  # seconds for it to give back what it freed
 # Its kernel tells of free pages two seconds after the first (mm/page_reporting.c), and again two seconds later where there are more. Nothing tells us.
 _QUIET = 3.0
+_PAUSE = 1.0  # seconds after which what a machine from a snapshot gives back in one go has come
 _LOOK = 0.1
 _STEP = 1 << 20  # bytes: less is no news
 _DIRTY = 5  # a guest's kernel lets at most a fifth of the memory be dirty (vm.dirty_ratio)
@@ -41,7 +42,7 @@ async def slim(ops: Operations, entry: Entry) -> int:
         ops.doing(entry, "dropping caches")
         await machine.guest.slim(_DEADLINE)
         ops.doing(entry, "giving memory back")
-        now = await _given_back(machine, base, entry.record.spec.memory)
+        now = await _given_back(machine, base, entry.record.spec.memory, pause=_PAUSE if entry.record.memory_layer else 0.0)
     except (RametError, OSError) as error:
         log.warning("%s is not slimmed before its hibernation: %s", entry.record.name, error)
     return max(0, before - now)
@@ -53,8 +54,11 @@ async def _held(machine: Vm, base: int, size: int) -> int:
     return sum(count for _, count in spans) * memory.PAGE
 
 
-async def _given_back(machine: Vm, base: int, size: int) -> int:
-    """Wait until no more comes back; what is left. It can end as soon as the host holds no more than what is in use."""
+async def _given_back(machine: Vm, base: int, size: int, *, pause: float) -> int:
+    """Wait until no more comes back; what is left. It can end as soon as the host holds no more than what is in use.
+
+    pause: seconds without news that it takes besides, where the machine's own memory is only a part of that.
+    """
     clock = asyncio.get_running_loop().time
     end = clock() + _GIVING
     used = size - int((await machine.guest.metrics()).get("mem_free", size))
@@ -65,6 +69,6 @@ async def _given_back(machine: Vm, base: int, size: int) -> int:
         now = await _held(machine, base, size)
         if now < least - _STEP:
             least, since = now, clock()
-        if least < first and least < used + _STEP:  # a fork's own may be less from the begin on
+        if least < first and least < used + _STEP and clock() >= since + pause:  # a fork's own may be less from the begin on
             break
     return least
