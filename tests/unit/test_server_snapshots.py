@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,10 @@ from ramet.model import NodeKind, Snapshot, SnapshotState, State
 from ramet.rest import STREAM
 from ramet.sdk import Host, Machine
 from tests.unit.lineage import USAGE
-from tests.unit.memory import TOKEN, Memory, beside, serving
+from tests.unit.memory import TOKEN, Memory, beside
 
 Http = httpx2.AsyncClient
 GOOD, TORN = "00000000000000aa", "00000000000000bb"
-
-
-@pytest.fixture
-def verbs() -> Memory:
-    made = Memory()
-    made.stock()
-    made.plant()
-    return made
-
-
-@pytest.fixture
-async def url(verbs: Memory, tmp_path: Path) -> AsyncIterator[str]:
-    async with serving(verbs, tmp_path / "s") as made:
-        yield made
-
-
-@pytest.fixture
-async def client(url: str) -> AsyncIterator[Client]:
-    async with Client(url, TOKEN) as made:
-        yield made
-
-
-@pytest.fixture
-async def http(url: str) -> AsyncIterator[Http]:
-    transport = httpx2.AsyncHTTPTransport(uds=url.removeprefix("unix://"))
-    async with Http(transport=transport, base_url="http://localhost", headers={"authorization": f"Bearer {TOKEN}"}) as made:
-        yield made
 
 
 # the client

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -14,37 +12,10 @@ from ramet.client import Client
 from ramet.errors import ImageError, NotFoundError, SpecError
 from ramet.storage import Collected, Transfer
 from tests.unit.lineage import DIGEST, MIB
-from tests.unit.memory import TOKEN, Memory, serving, until
+from tests.unit.memory import TOKEN, Memory, until
 
 Http = httpx2.AsyncClient
 REFERENCE = "127.0.0.1:5000/acme/shop:1"
-
-
-@pytest.fixture
-def verbs() -> Memory:
-    made = Memory()
-    made.stock()
-    made.plant()
-    return made
-
-
-@pytest.fixture
-async def url(verbs: Memory, tmp_path: Path) -> AsyncIterator[str]:
-    async with serving(verbs, tmp_path / "s") as made:
-        yield made
-
-
-@pytest.fixture
-async def client(url: str) -> AsyncIterator[Client]:
-    async with Client(url, TOKEN) as made:
-        yield made
-
-
-@pytest.fixture
-async def http(url: str) -> AsyncIterator[Http]:
-    transport = httpx2.AsyncHTTPTransport(uds=url.removeprefix("unix://"))
-    async with Http(transport=transport, base_url="http://localhost", headers={"authorization": f"Bearer {TOKEN}"}) as made:
-        yield made
 
 
 # the client
