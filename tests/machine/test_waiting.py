@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import select
 import shutil
 import signal
 import socket
@@ -133,6 +134,7 @@ async def lacking(state: StateDir, registry: Unreliable, *names: str, disk: bool
 def hollow(engine: Engine, layer: str) -> None:
     """Give up the chunks of a layer that do not compress at all, which hold nothing but the files. All others are in the page cache: the kernel asks for
     several at once, and one that is not here would have those beside it wait too."""
+    end_fetcher(engine._ops.state)  # what it fetches ahead, or because a start touched it, would come afterwards
     files, record = engine._ops.store.files, engine._ops.store.get(layer)
     found = index.of_layer(files.layer(layer), record)
     for digest in record.blobs:
@@ -254,6 +256,17 @@ def waited_for(state: StateDir) -> None:
 def fetcher(state: StateDir) -> int:
     (line,) = [line for line in state.store.pids.read_text().splitlines() if line.startswith("fetcher ")]
     return int(line.split()[1])
+
+
+def end_fetcher(state: StateDir) -> None:
+    """Kill it, if there is one; returns when it has ended. Its keeper starts another where one is needed."""
+    with contextlib.suppress(ValueError, ProcessLookupError):
+        fd = os.pidfd_open(fetcher(state))
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            assert select.select([fd], [], [], SOON)[0]
+        finally:
+            os.close(fd)
 
 
 async def test_a_machine_that_waits_can_be_ended(elsewhere: StateDir, registry: Unreliable) -> None:
