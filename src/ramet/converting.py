@@ -15,6 +15,7 @@ from ramet.operations import Operations
 from ramet.pushing import Say
 from ramet.store.layer import BASE_LAYER, Kind
 from ramet.store.runs import Runs
+from ramet.watch import uncut
 
 _NAMES = re.compile(r"[^a-z0-9._/-]+")
 
@@ -32,7 +33,7 @@ async def convert(ops: Operations, reference: str, name: str, say: Say) -> Snaps
         base = await pushing.base_layer(ops, str(ops.state.image(image.digest).disk.relative_to(ops.state.root)), say)
         say("recording the snapshot", None)
         spec = _spec(image, title)
-        layer = await pushing.uncut(_over, ops, base, spec.disk)
+        layer = await uncut(_over, ops, base, spec.disk)
         made = Snapshot(
             id=os.urandom(6).hex(),
             name=title,

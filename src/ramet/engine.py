@@ -233,10 +233,10 @@ class Engine:
     async def layers(self) -> builtins.list[LayerInfo]:
         found = await asyncio.to_thread(self._ops.store.layers)
         oldest = sorted(found, key=lambda each: each.created_at)
-        return await asyncio.to_thread(lambda: [views.layer(self._ops, each) for each in oldest])
+        return await asyncio.to_thread(views.layers, self._ops, oldest)
 
     async def get_layer(self, layer: str) -> LayerInfo:
-        return await asyncio.to_thread(lambda: views.layer(self._ops, self._ops.store.get(layer)))
+        return (await asyncio.to_thread(lambda: views.layers(self._ops, [self._ops.store.get(layer)])))[0]
 
     async def verify_layer(self, layer: str) -> builtins.list[str]:
         return await asyncio.to_thread(self._ops.store.verify, layer)

@@ -17,7 +17,7 @@ from ramet.artifact import Artifact, ImageOrigin, Part
 from ramet.errors import ExistsError, ImageError, LayerError, RametError
 from ramet.model import Image, Snapshot
 from ramet.operations import Operations, log
-from ramet.pushing import Say, together, uncut
+from ramet.pushing import Say, together
 from ramet.records import dump
 from ramet.registry.client import Registry
 from ramet.storage import Transfer
@@ -25,6 +25,7 @@ from ramet.store import admission, chain, garbage, index, remote, tracing
 from ramet.store.fetching import Fetcher
 from ramet.store.remote import Source
 from ramet.tables import Tables
+from ramet.watch import uncut
 
 _AT_ONCE = 4  # tables that are fetched at the same time
 _turns: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()

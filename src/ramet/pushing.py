@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ramet import artifact, images, packing, tables
 from ramet import reference as references
@@ -28,6 +28,7 @@ from ramet.store.layer import PAGE, Kind, Layer
 from ramet.store.runs import Runs
 from ramet.store.sealing import Progress
 from ramet.store.store import Store
+from ramet.watch import uncut
 
 T = TypeVar("T")
 Say = Callable[[str, float | None], None]  # what is done now, and how much of it: 0 to 1, or None
@@ -117,18 +118,6 @@ def _image(state: StateDir, found: Snapshot) -> ImageOrigin:
     if image is None:
         raise ImageError(f"the image {found.image_digest} that {found.title} stands on is gone")
     return ImageOrigin(digest=image.digest, reference=image.reference, config=image.config, disk_size=image.disk_size)
-
-
-async def uncut(work: Callable[..., T], *arguments: Any) -> T:
-    """Do it in a thread; a caller who is cancelled waits for its end, for what it made must be removed."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()
-        raise
 
 
 async def together(works: Iterable[Awaitable[T]], limit: int) -> list[T]:

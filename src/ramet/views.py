@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 from ramet import disks, lineage, pulling
 from ramet.entry import Entry
@@ -51,13 +52,17 @@ def snapshot(ops: Operations, found: Snapshot) -> Snapshot:
     )
 
 
-def layer(ops: Operations, found: Layer) -> LayerInfo:
-    """Blocks, as above."""
+def layers(ops: Operations, found: Iterable[Layer]) -> list[LayerInfo]:
+    """Blocks, as above: it reads of every machine what its disks stand on, once."""
     users = {
         each.record.name: {each.record.memory_layer, *disks.layers_of(ops.state.machine(each.record.id))}
         for each in list(ops.entries.values())
     }
     users |= {each.title: set(each.layers) for each in list(ops.snapshots.values())}
+    return [_layer(ops, each, users) for each in found]
+
+
+def _layer(ops: Operations, found: Layer, users: Mapping[str, set[str]]) -> LayerInfo:
     return LayerInfo(
         id=found.id,
         kind=found.kind,

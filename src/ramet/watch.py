@@ -1,4 +1,4 @@
-"""Progress of programs that do not tell: look now and then at what they have written."""
+"""Work that is watched or waited for: progress of programs that do not tell, by what they have written; threads that must come to their end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Progress = Callable[[str, float | None], None]  # what is being done, and how much of it (0 to 1, None: cannot be known)
 PERIOD = 0.5  # seconds between two looks
+
+
+async def uncut(work: Callable[..., T], *arguments: Any) -> T:
+    """Do it in a thread; a caller who is cancelled waits for its end, for what it made must be removed."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()
+        raise
 
 
 async def watched(work: Coroutine[Any, Any, T], look: Callable[[], None]) -> T:

@@ -22,10 +22,11 @@ from ramet import sockets
 from ramet.errors import AbsentError, LayerError, RametError
 from ramet.paths import StoreDir
 from ramet.store import remote, tracing
-from ramet.store.fetching import Fetcher, Notice, fetch_now, frame
+from ramet.store.fetching import Fetcher, Notice, fetch_now
 from ramet.store.layer import Layer
 from ramet.store.remote import Want
 from ramet.store.store import Store
+from ramet.store.wanting import frame
 
 from .fakeblobs import DEADLINE, FakeBlobs, Fetching, fetching, frames, layer, lend, same, serving, store
 

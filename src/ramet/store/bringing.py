@@ -17,7 +17,7 @@ from ramet.store import garbage, remote, stock, tracing
 from ramet.store.chain import Chain
 from ramet.store.errands import Errands
 from ramet.store.keeper import say
-from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
+from ramet.store.layer import Layer
 from ramet.store.remote import Remote, Want
 from ramet.store.schedule import SPAN, Rank, Readers
 from ramet.store.stock import Table
@@ -157,9 +157,7 @@ class Bringer:
         if not chunks:
             return []
         with Chain.open(self._files, name) as chain:
-            firsts = (number * CHUNK_PAGES for number in chunks)
-            wants = [want for first in firsts if first * PAGE < chain.size for want in chain.wants(first, first + CHUNK_PAGES)]
-        return list(dict.fromkeys(wants))
+            return chain.traced(chunks)
 
     async def _whole(self, found: Remote, records: Sequence[Layer], rank: Rank, came: Callable[[int], None]) -> None:
         """Have all of a blob here, and verify it as a whole. Nobody gives up chunks of it meanwhile. LayerError when that fails though each frame is right."""

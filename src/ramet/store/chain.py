@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TypeVar
 
 from ramet.errors import AbsentError, HostError, LayerError
 from ramet.paths import LayerDir, StoreDir
 from ramet.store import blob, index, layer
-from ramet.store.layer import PAGE, Kind, Layer
+from ramet.store.layer import CHUNK_PAGES, PAGE, Kind, Layer
 from ramet.store.remote import Want
 from ramet.store.runs import Owners, Runs
 from ramet.store.source import Parts, Sealed, Source, Spool, zeros
@@ -93,6 +93,11 @@ class Chain:
     def wants(self, first: int, end: int) -> list[Want]:
         """The frames of remote blobs that reading the pages first … end-1 takes, in order, whether they are here or not. Errors as of `read`."""
         return self._gather(first, min(end, self._head.pages), lambda source: source.wants)
+
+    def traced(self, chunks: Iterable[int]) -> list[Want]:
+        """The frames that reading chunks takes, by their numbers and in that order, each once. What lies beyond the end is left out."""
+        firsts = (number * CHUNK_PAGES for number in chunks if number * CHUNK_PAGES < self._head.pages)
+        return list(dict.fromkeys(want for first in firsts for want in self.wants(first, first + CHUNK_PAGES)))
 
     def owners(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
         """Which layer the pages first … end-1 come from: first page, the page after the last, and its id, or an empty one for what lies below the chain."""

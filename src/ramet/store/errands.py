@@ -20,6 +20,7 @@ from ramet.store.keeper import say
 from ramet.store.remote import Want
 from ramet.store.schedule import Rank, Request, Schedule, backoff
 from ramet.store.supply import Place, Supply
+from ramet.watch import uncut
 
 DEADLINE = 60.0  # seconds for which the read of a disk is tried
 SILENCE = 15.0  # seconds without a byte after which a request has failed
@@ -324,7 +325,7 @@ class Errands:
             if frames[-1].offset - frames[0].offset < _INLINE:
                 good = stock.land(fd, frames, base, view)
             else:
-                good = await _in_thread(stock.land, fd, frames, base, view)
+                good = await uncut(stock.land, fd, frames, base, view)
         for frame in good:
             self._schedule.done(frame)
             self._failures.pop(frame, None)
@@ -394,22 +395,4 @@ class Errands:
 
 
 def notice(event: str, waiting: Waiting) -> Notice:
-    return Notice(
-        event=event,
-        head=waiting.head,
-        memory=waiting.memory,
-        blob=waiting.blob,
-        offset=waiting.offset,
-        since=waiting.since,
-        reason=waiting.reason,
-    )
-
-
-async def _in_thread(land: Callable[..., list[Want]], *arguments: Any) -> list[Want]:
-    """As asyncio.to_thread, but does not leave before the thread does: it has our descriptor and our buffer."""
-    work = asyncio.ensure_future(asyncio.to_thread(land, *arguments))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
+    return Notice(event=event, **vars(waiting))

@@ -20,7 +20,7 @@ from ramet.paths import StoreDir
 from ramet.store import disk, garbage, index, remote, tracing
 from ramet.store.chain import Chain
 from ramet.store.garbage import Records, Step
-from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
+from ramet.store.layer import PAGE, Layer
 from ramet.store.remote import Remote
 
 _PIECE = 16 << 20  # bytes that are given up before it is looked whether that is enough
@@ -134,7 +134,7 @@ class _Eviction:
                 self._note(found)
                 kept = sorted(self._of_traces().get(digest, ()))
                 starts = self._starts(digest)
-                freed = self._punched(fd, between(kept, size), starts, most)
+                freed = self._punched(fd, remote.gaps(kept, size), starts, most)
                 return freed + self._punched(fd, kept if self._dry_run else [(0, size)], starts, most - freed)
             finally:
                 os.close(fd)
@@ -186,10 +186,8 @@ class _Eviction:
         if not chunks:
             return
         with Chain.open(self._files, name) as chain:
-            pages = (chain.size + PAGE - 1) // PAGE
-            for first in (chunk * CHUNK_PAGES for chunk in chunks):
-                for want in chain.wants(first, min(pages, first + CHUNK_PAGES)) if first < pages else ():
-                    found[want.blob].add((want.offset, want.offset + want.length))
+            for want in chain.traced(chunks):
+                found[want.blob].add((want.offset, want.offset + want.length))
 
 
 def _lock(fd: int) -> bool:
@@ -203,17 +201,6 @@ def _lock(fd: int) -> bool:
 
 def _taken(fd: int) -> int:
     return os.fstat(fd).st_blocks * 512
-
-
-def between(kept: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """What lies between the ranges, which are sorted, and behind them."""
-    at = 0
-    for begin, end in kept:
-        if begin > at:
-            yield at, min(begin, size)
-        at = max(at, end)
-    if at < size:
-        yield at, size
 
 
 def _pieces(begin: int, end: int, starts: Sequence[int]) -> Iterator[tuple[int, int]]:

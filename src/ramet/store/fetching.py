@@ -18,13 +18,14 @@ from typing import Any
 from ramet import records, sockets
 from ramet.errors import AbsentError, HostError, from_wire
 from ramet.paths import StoreDir
+from ramet.store import wanting
 from ramet.store.remote import Want
 
 PATIENCE = 30.0  # seconds for a fetcher to start or to be replaced, and for an answer that needs no network
 LINE = 4 << 20  # bytes of the longest line
 BATCH = 256  # frames of one want
 _TRIES = 5  # fetchers in a row that may die over one question
-_HINT = "`ramet doctor` and the store's imagefs.log may say more."
+_HINT = "`ramet fsck` and the store's imagefs.log may say more."
 
 Progress = Callable[[int, int], None]  # bytes that are here, bytes in all
 
@@ -171,17 +172,11 @@ def fetch_now(
     HostError when there is no image file system to ask. A fetcher that dies is asked again where `nudge` starts one, or another question does."""
     end = time.monotonic() + deadline
     for at in range(0, len(wants), BATCH):
-        frames = [frame(each) for each in wants[at : at + BATCH]]
-        question = json.dumps({"id": 1, "op": "want", "head": head, "memory": False, "frames": frames}).encode() + b"\n"
+        question = wanting.message(1, head, wants[at : at + BATCH], memory=False)
         while (answer := _asked(files, question, end, nudge)) is None:
             pass
         if answer.get("error"):
             raise from_wire(answer["error"])
-
-
-def frame(want: Want) -> list[Any]:
-    """As a want has it on the line."""
-    return [want.blob, want.offset, want.length, want.mark.hex()]
 
 
 def _asked(files: StoreDir, question: bytes, end: float, nudge: Callable[[], None]) -> dict[str, Any] | None:

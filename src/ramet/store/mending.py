@@ -76,7 +76,7 @@ def _mend(files: StoreDir, digest: str, frames: list[Want]) -> int:
         remote.change(files, found.digest, whole=False)
         # What is wrong may lie where no frame is that we know: in the seek table, or in frames of layers that are not here.
         known = sorted({(want.offset, want.offset + want.length) for want in frames})
-        spoilt += eviction.between(known, found.size)
+        spoilt += remote.gaps(known, found.size)
     with disk.guard("free a part of", path):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:

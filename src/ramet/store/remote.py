@@ -198,3 +198,14 @@ def held(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
         stop = min(end, os.lseek(fd, begin, os.SEEK_HOLE))
         yield begin, stop
         offset = stop
+
+
+def gaps(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """What of 0 … size-1 lies between ranges, which are sorted, and behind them: begin and end of each."""
+    at = 0
+    for begin, end in ranges:
+        if begin > at:
+            yield at, min(begin, size)
+        at = max(at, end)
+    if at < size:
+        yield at, size

@@ -140,13 +140,7 @@ def missing(files: StoreDir, blob_size: int, frames: Table) -> Missing:
 
 def uncovered(blob_size: int, frames: Table) -> Iterator[tuple[int, int]]:
     """The parts of a blob that no frame covers: its seek table, and frames of layers that are not on this host."""
-    at = 0
-    for offset, length in zip(frames.offset, frames.length, strict=True):
-        if at < offset:
-            yield at, min(offset, blob_size)
-        at = max(at, offset + length)
-    if at < blob_size:
-        yield at, blob_size
+    return remote.gaps(((offset, offset + length) for offset, length in zip(frames.offset, frames.length, strict=True)), blob_size)
 
 
 def raw(digest: str, begin: int, end: int) -> Iterator[Want]:

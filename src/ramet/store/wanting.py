@@ -60,8 +60,13 @@ def connect(files: StoreDir) -> socket.socket:
 
 def message(number: int, head: str, wants: Sequence[Want], *, memory: bool) -> bytes:
     """The line that asks for frames of the layer `head`."""
-    frames = [[want.blob, want.offset, want.length, want.mark.hex()] for want in wants]
+    frames = [frame(want) for want in wants]
     return json.dumps({"id": number, "op": "want", "head": head, "memory": memory, "frames": frames}).encode() + b"\n"
+
+
+def frame(want: Want) -> list[Any]:
+    """As a want has it on the line."""
+    return [want.blob, want.offset, want.length, want.mark.hex()]
 
 
 class Line:
