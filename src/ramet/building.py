@@ -73,6 +73,7 @@ async def build(
     for reference, place in zip(push, places, strict=True):
         say(f"pushing {reference}")
         sent.append(f"{place}@{(await verbs.push(name, reference)).digest}")
+    for place in dict.fromkeys(places):
         await verbs.push(name, f"{place}:{_PREFIX}{found}")
     return Built(snapshot=name, key=found, cached=cached, pushed=tuple(sent))
 

@@ -22,9 +22,8 @@ from ramet.units import format_size, parse_size
 
 EVERY = 5.0  # seconds; with five machines a look takes 0.2 ms, and a minute with all that it begins 16 ms of cpu (3 without machines)
 _CARING = 60.0  # seconds that a guest gets for what it is asked to do meanwhile
-_COLLECT_EVERY = (
-    3600.0  # seconds; what is deleted is collected at once, so this finds what was left for later, and what is above the budget
-)
+# Seconds. What is deleted is collected at once, so this finds what was left for later, and what is above the budget.
+_COLLECT_EVERY = 3600.0
 _COLLECT_AGAIN = 600.0  # where something was in the way
 _SWITCH, _BUDGET = "RAMET_PRESSURE", "RAMET_STORE_BUDGET"
 

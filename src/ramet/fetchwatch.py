@@ -27,10 +27,8 @@ WAITS = "waits for a part of its memory"  # how such a machine's reason begins
 _SLOW, _FAILED = "its disk waits for a part", "its disk could not be read"
 STOPPING = 1.0  # seconds in which a QEMU stops that waits for nothing: 1 ms, on an idle host
 SOON = 5.0  # seconds that `ramet resume` gives a registry
-_ASKING = (
-    b"request_wait_answer",
-    b"0",
-)  # where a thread sleeps that waits for a file system of ours (fs/fuse/dev.c); the kernel may not tell
+# Where a thread sleeps that waits for a file system of ours (fs/fuse/dev.c); the kernel may not tell.
+_ASKING = (b"request_wait_answer", b"0")
 _ASIDE = 5.0  # seconds for which a QEMU that did stop is not asked again: it was busy with something else
 _LOOK = 0.5  # seconds between two looks at the machines of a memory that does not come
 _AGAIN = 2.0  # seconds until a line that broke is tried again

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ramet.errors import ImageError
 from ramet.model import ImageConfig
+from ramet.reference import DIGEST
 
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -20,8 +21,7 @@ GZIP_LAYER = PLAIN_LAYER + "+gzip"
 ZSTD_LAYER = PLAIN_LAYER + "+zstd"
 _DOCUMENT_LIMIT = 8 << 20  # bytes of a manifest or config; registries refuse manifests beyond 4 MiB
 
-# Only sha256: a digest becomes a file name, so what it may consist of is a matter of safety.
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=f"^{DIGEST.pattern}$")]
 Document = TypeVar("Document", bound=BaseModel)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ramet.errors import LayerError
 from ramet.paths import StoreDir
 from ramet.store import blob, garbage, layer, remote
 from ramet.store.chain import published_owners
-from ramet.store.index import Index, content_length, of_layer
+from ramet.store.index import Index, content_length, mark_of, of_layer
 from ramet.store.layer import Layer
 from ramet.store.remote import Want
 from ramet.store.runs import Owners
@@ -133,8 +132,8 @@ class Packer:
             chain=tuple(names.get(each, SELF) for each in chain),
             beneath=tuple(names[each] for each in record.beneath),
             base=below,
-            owners=owners.dump(),
-            index=index.dump(),
+            owners=owners,
+            index=index,
         )
         packed = tables.pack()
         made = self.sent[name] = Sent(name=oci.sha256(packed), data=packed, blobs=tuple(cargo))
@@ -167,18 +166,19 @@ class Packer:
     def _repacked(self, name: str, record: Layer, index: Index, whole: set[str]) -> tuple[Index, tuple[str, ...], list[Cargo]]:
         """The index with frames of blobs that are not sent in others: where a layer before has them, else in one of its own."""
         rows = [row for row in range(len(index)) if index.length[row] and record.blobs[index.blob[row]] not in whole]
-        wants = [self._want(record, index, row) for row in rows]
+        wants = [index.want(row, record.blobs) for row in rows]
         if gone := [want for want in wants if remote.is_remote(self._files, want.blob) and self._frame(want) is None]:
             self._fetch(name, gone)
         writer = self._stack.enter_context(blob.Writer(self._files.blobs))
         own: dict[tuple[bytes, int], _Frame] = {}
         places: list[_Frame] = []
         for row in range(len(index)):
-            want = self._want(record, index, row)
-            key = (want.mark, want.length)
-            if not want.length:
+            if not index.length[row]:
                 places.append(_Frame("", 0, 0))
-            elif want.blob in whole:
+                continue
+            want = index.want(row, record.blobs)
+            key = (want.mark, want.length)
+            if want.blob in whole:
                 places.append(_Frame(want.blob, want.offset, want.length))
             elif place := self._places.get(key) or own.get(key):
                 places.append(place)
@@ -198,15 +198,10 @@ class Packer:
         )
         return made, blobs, [Cargo(digest=digest, size=writer.size, layer=name, read=writer.read)] if digest else []
 
-    def _want(self, record: Layer, index: Index, row: int) -> Want:
-        length = index.length[row]
-        digest = record.blobs[index.blob[row]] if length else ""
-        return Want(blob=digest, offset=index.offset[row], length=length, mark=index.mark(row))
-
     def _frame(self, want: Want) -> bytes | None:
         """Its bytes, if those that are here are the right ones."""
         frame = _read(self._files.blob(want.blob), want.offset, want.length)
-        return frame if hashlib.sha256(frame).digest()[: len(want.mark)] == want.mark else None
+        return frame if mark_of(frame) == want.mark else None
 
     def _size(self, digest: str) -> int:
         if digest not in self._sizes:

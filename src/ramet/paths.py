@@ -7,7 +7,7 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
   token                     the bearer token (0600), made at the first start
   ramet.db                  SQLite, WAL
   kvm.json                  the cached result of the KVM probe
-  pushes.json               which registry has which blobs, and uploads that can go on
+  pushes.json               which registry has which blobs and snapshots, and uploads that can go on
   images/DIGEST/            one directory an image: published by rename
     disk.raw                ext4
     image.json              env, user, workdir, entrypoint, where it came from

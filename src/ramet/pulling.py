@@ -183,8 +183,8 @@ class _Pulling:
                 chain=tuple(map(name, record.chain)),
                 beneath=tuple(map(name, record.beneath)),
                 base=name(record.base_layer) if record.base else "",
-                owners=chain.published_owners(self._files, record.id)[1].dump(),
-                index=index.read(self._files.layer(record.id), record).dump(),
+                owners=chain.published_owners(self._files, record.id)[1],
+                index=index.read(self._files.layer(record.id), record),
             )
         return None
 

@@ -49,13 +49,15 @@ async def push(ops: Operations, sealer: Sealer, found: Snapshot, reference: str,
         raise LayerError(f"snapshot {found.title} is broken: {found.reason}", hint="`ramet snapshots` shows others.")
     try:
         async with ops.layers_in_use(), Registry.open(target.host) as registry:
-            if known := await _again(ops, found, registry, target):
-                made, manifest, moved = artifact.read_manifest(known, reference), known, 0
+            traced = sum(bool(tracing.load(ops.state.store, layer)) for layer in found.layers)
+            if known := await _again(ops, found, registry, target, traced):
+                made, manifest, moved = *known, 0
             else:
                 made, moved = await _sent(ops, sealer, found, registry, target, say)
                 manifest = made.manifest()
             say("publishing", None)
             digest = await registry.put_manifest(target.path, target.tag, manifest, artifact.MANIFEST)
+            Ledger(ops.state.pushes).pushed(target.name, found.id, traced, digest)
     finally:
         ops.spawn(ops.collect())  # layers that were made for it alone
     size = made.size + len(manifest)
@@ -72,19 +74,26 @@ async def push(ops: Operations, sealer: Sealer, found: Snapshot, reference: str,
     )
 
 
-async def _again(ops: Operations, found: Snapshot, registry: Registry, target: references.Registry) -> bytes | None:
-    """The manifest that a snapshot was pulled by, where it is pushed to the same repository: then the tag is all there is to send.
+async def _again(
+    ops: Operations, found: Snapshot, registry: Registry, target: references.Registry, traced: int
+) -> tuple[Artifact, bytes] | None:
+    """What a snapshot was pushed as or pulled by, and its manifest, where that is in the same repository: then the tag is all there is to send.
 
-    None too where a start was traced here of which that manifest knows nothing.
+    None too where some of it is gone from there, and where a start was traced here of which that manifest knows nothing. traced: layers of which one is known.
     """
-    if not found.origin.startswith(f"{target.name}@"):
+    pulled = found.origin.partition("@")[2] if found.origin.startswith(f"{target.name}@") else ""
+    digest = Ledger(ops.state.pushes).manifest(target.name, found.id, traced)
+    if not (digest or pulled):
         return None
     try:
-        _, manifest = await registry.manifest(target.path, found.origin.partition("@")[2])
+        _, manifest = await registry.manifest(target.path, digest or pulled)
+        made = artifact.read_manifest(manifest, target.name)
     except ImageError:
         return None  # removed since
-    traced = any(tracing.load(ops.state.store, layer) for layer in found.layers)
-    return None if traced and not artifact.read_manifest(manifest, found.origin).of(artifact.TRACE) else manifest
+    if traced and not made.of(artifact.TRACE):
+        return None
+    there = await together((registry.has(target.path, part.digest) for part in (made.config, *made.parts)), _ASKED)
+    return None if None in there else (made, manifest)
 
 
 async def _sent(
@@ -228,20 +237,29 @@ def _small(kind: str, data: bytes) -> tuple[Part, Cargo]:
 
 
 class Ledger:
-    """What is known of registries: who has which blobs, and where uploads that were cut off can go on. A hint: what is wrong in it costs a question."""
+    """What is known of registries: who has which blobs, what snapshots are there, where uploads that were cut off can go on.
+
+    A hint: what is wrong in it costs a question.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._blobs: dict[str, list[str]] = {}  # digest -> repositories
         self._uploads: dict[str, str] = {}  # repository@digest -> location
+        self._manifests: dict[str, str] = {}  # repository@snapshot+traced layers -> digest
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             value = json.loads(path.read_bytes())
             self._blobs = {str(key): [str(each) for each in found] for key, found in value["blobs"].items()}
             self._uploads = {str(key): str(found) for key, found in value["uploads"].items()}
+            self._manifests = {str(key): str(found) for key, found in value.get("manifests", {}).items()}
 
     def repositories(self, digest: str) -> list[str]:
         """HOST/PATH of those that have a blob."""
         return list(self._blobs.get(digest, ()))
+
+    def manifest(self, repository: str, snapshot: str, traced: int) -> str:
+        """The digest that a snapshot was pushed as, when traces of so many of its layers were known."""
+        return self._manifests.get(f"{repository}@{snapshot}+{traced}", "")
 
     def upload(self, repository: str, digest: str) -> str:
         return self._uploads.get(f"{repository}@{digest}", "")
@@ -256,8 +274,16 @@ class Ledger:
         self._uploads.pop(f"{repository}@{digest}", None)
         self._save()
 
+    def pushed(self, repository: str, snapshot: str, traced: int, digest: str) -> None:
+        self._manifests[f"{repository}@{snapshot}+{traced}"] = digest
+        self._save()
+
     def _save(self) -> None:
-        value = {"blobs": dict(list(self._blobs.items())[-_REMEMBERED:]), "uploads": dict(list(self._uploads.items())[-_UPLOADS:])}
+        value = {
+            "blobs": dict(list(self._blobs.items())[-_REMEMBERED:]),
+            "uploads": dict(list(self._uploads.items())[-_UPLOADS:]),
+            "manifests": dict(list(self._manifests.items())[-_REMEMBERED:]),
+        }
         disk.replace(self._path, json.dumps(value).encode(), durable=False)
 
 

@@ -36,13 +36,14 @@ SUITES = {
     "latest": "bookworm",
 }
 
+# Only sha256: a digest becomes a file name, so what it may consist of is a matter of safety.
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 # the grammar of github.com/distribution/reference
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+PATH = re.compile(rf"{_PART}(?:/{_PART})*")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
-_NAME = re.compile(
-    rf"(?:(?P<host>{_HOST})/)?(?P<path>{_PART}(?:/{_PART})*)(?::(?P<tag>\w[\w.-]{{0,127}}))?(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?",
-    re.ASCII,
-)
+_NAME = re.compile(rf"(?:(?P<host>{_HOST})/)?(?P<path>{PATH.pattern})(?::(?P<tag>{TAG.pattern}))?(?:@(?P<digest>{DIGEST.pattern}))?")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ramet import oci
 from ramet.errors import ImageError, RametError
 from ramet.oci import Digest
+from ramet.reference import DIGEST
 from ramet.store.index import Index
 from ramet.store.layer import CHUNK, MAX_PAGES, PAGE, Kind, Layer
 from ramet.store.runs import Owners
@@ -55,7 +56,7 @@ class _Record(Strict):
     base: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Tables:
     """A layer without its blobs. size, data, zero: bytes. chain, beneath, base: other layers by the digests of their tables; the chain ends with SELF."""
 
@@ -67,8 +68,8 @@ class Tables:
     chain: tuple[str, ...]
     beneath: tuple[str, ...]
     base: str
-    owners: bytes
-    index: bytes
+    owners: Owners
+    index: Index
 
     @property
     def others(self) -> frozenset[str]:
@@ -88,11 +89,11 @@ class Tables:
             beneath=list(self.beneath),
             base=self.base,
         ).model_dump()
-        return compress(_tar((canonical(value), self.owners, self.index)))
+        return compress(_tar((canonical(value), self.owners.dump(), self.index.dump())))
 
     def record(self, digest: str) -> Layer:
         """The layer on this host, when these are the tables with that digest."""
-        loaded = Index.load(self.index, "index")
+        index = self.index.dump()
         return Layer(
             id=local_id(digest),
             kind=self.kind,
@@ -103,10 +104,10 @@ class Tables:
             beneath=tuple(map(local_id, self.beneath)),
             sealed=True,
             blobs=self.blobs,
-            index_digest=oci.sha256(self.index),
+            index_digest=oci.sha256(index),
             data_bytes=self.data,
             zero_bytes=self.zero,
-            stored_bytes=sum(frames(loaded).values()) + len(self.index),
+            stored_bytes=sum(frames(self.index).values()) + len(index),
             origin=digest,
         )
 
@@ -186,59 +187,46 @@ def unpack(data: bytes, digest: str) -> Tables:
     if record.kind not in list(Kind) or not 0 < record.size <= MAX_PAGES * PAGE:
         raise ImageError(f"{what}: a {record.kind[:20]} of {record.size} bytes is no layer")
     names = record.chain[:-1] + record.beneath + [record.base] * bool(record.base)
-    if record.chain[-1:] != [SELF] or not all(map(_is_digest, names)):
+    if record.chain[-1:] != [SELF] or not all(map(DIGEST.fullmatch, names)):
         raise ImageError(f"{what}: what it refers to are no layers")
     for each in (record.chain, record.beneath, record.blobs):
         if len(set(each)) < len(each) or len(each) >= 1 << 16:
             raise ImageError(f"{what}: it names a layer or a blob twice, or too many")
     if record.base and record.kind != Kind.DISK:
         raise ImageError(f"{what}: only a disk has a base")
-    found = Tables(
-        kind=Kind(record.kind),
-        size=record.size,
-        data=record.data_bytes,
-        zero=record.zero_bytes,
-        blobs=tuple(record.blobs),
-        chain=tuple(record.chain),
-        beneath=tuple(record.beneath),
-        base=record.base,
-        owners=owners,
-        index=index,
-    )
-    if problem := _problem(found, found.record(digest) if _loads(found, what) else None):
+    pages = (record.size + PAGE - 1) // PAGE
+    try:
+        found = Tables(
+            kind=Kind(record.kind),
+            size=record.size,
+            data=record.data_bytes,
+            zero=record.zero_bytes,
+            blobs=tuple(record.blobs),
+            chain=tuple(record.chain),
+            beneath=tuple(record.beneath),
+            base=record.base,
+            owners=Owners.load(owners, what, pages=pages, layers=len(record.chain)),
+            index=Index.load(index, what),
+        )
+    except (RametError, ValueError, IndexError) as error:
+        raise ImageError(f"{what}: {error}") from error
+    if problem := _problem(found, pages):
         raise ImageError(f"{what}: {problem}")
     return found
 
 
-def _is_digest(text: str) -> bool:
-    return text.startswith("sha256:") and len(text) == 71 and set(text[7:]) <= set("0123456789abcdef")
-
-
-def _loads(found: Tables, what: str) -> bool:
-    """ImageError when the tables are damaged."""
-    pages = (found.size + PAGE - 1) // PAGE
-    try:
-        Owners.load(found.owners, what, pages=pages, layers=len(found.chain))
-        Index.load(found.index, what)
-    except (RametError, ValueError, IndexError) as error:
-        raise ImageError(f"{what}: {error}") from error
-    return True
-
-
-def _problem(found: Tables, record: Layer | None) -> str:
+def _problem(found: Tables, pages: int) -> str:
     """Why reading through these tables could go wrong."""
-    assert record
-    owners = Owners.load(found.owners, "", pages=record.pages, layers=len(found.chain))
-    if any(a >= b for a, b in itertools.pairwise(owners.starts)):
+    if any(a >= b for a, b in itertools.pairwise(found.owners.starts)):
         return "its table of owners is not in order"
-    index = Index.load(found.index, "")
-    if problems := index.problems(record):
+    index = found.index
+    if problems := index.problems(pages=pages, blobs=len(found.blobs), beneath=len(found.beneath)):
         return problems[0]
     if not len(index.moved_first) == len(index.moved_count) == len(index.moved_to):
         return "its columns are not of one length"
     end = 0
     for first, stop, _ in index.moved():
-        if first < end or stop <= first or stop > record.pages:
+        if first < end or stop <= first or stop > pages:
             return "the pages that it moves are not in order, or beyond its end"
         end = stop
     for data, length in zip(index.data, index.length, strict=True):
@@ -252,8 +240,7 @@ def _problem(found: Tables, record: Layer | None) -> str:
 
 def fits(found: Tables, sizes: Mapping[str, int]) -> str:
     """Why the tables do not fit the blobs that are sent with them, with these sizes; or nothing."""
-    index = Index.load(found.index, "index")
-    for (which, offset), length in frames(index).items():
+    for (which, offset), length in frames(found.index).items():
         digest = found.blobs[which]
         if digest not in sizes:
             return f"blob {digest} is not among what is sent"

@@ -21,7 +21,8 @@ from typing import IO, Any
 
 import pytest
 
-from ramet.paths import StateDir
+from ramet.paths import StateDir, StoreDir
+from ramet.store import mounting
 
 from .imaging import RICH, SETTINGS, working_in
 from .layouts import Layout, make
@@ -163,6 +164,14 @@ def state(tmp_path: Path) -> StateDir:
     state = StateDir(root=tmp_path / "state")
     state.create()
     return state
+
+
+@pytest.fixture
+def files(state: StateDir) -> StoreDir:
+    """Its store, where an image file system can serve it."""
+    if reason := mounting.usable():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    return state.store
 
 
 @dataclass(kw_only=True)

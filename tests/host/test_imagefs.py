@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from ramet import locks, process
-from ramet.paths import StateDir, StoreDir
+from ramet.paths import StoreDir
 from ramet.store import keeper, mounting
 from ramet.store.mounting import ImageFs
 
@@ -35,13 +35,6 @@ DEADLINE = 30.0
 KILLS = 240
 PUNCH_HOLE, KEEP_SIZE = 2, 1
 libc = ctypes.CDLL(None, use_errno=True)
-
-
-@pytest.fixture
-def files(state: StateDir) -> StoreDir:
-    if reason := mounting.usable():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    return state.store
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
@@ -195,13 +196,19 @@ async def test_what_a_registry_has_is_not_sent_again(here: Place, there: Place, 
     again = await here.push(here.find("shop@1"), f"{name}:1")
     assert again.digest == first.digest
     assert again.moved == first.size - again.shared < 5000  # the manifest
+    here.said.clear()
+    tagged = await here.push(here.find("shop@1"), f"{name}:same")
+    assert tagged == replace(again, reference=f"{name}:same", seconds=tagged.seconds)
+    assert [step for step, _ in here.said] == ["publishing"]  # nothing is packed for one more tag
     async with here.ops.layers_in_use():
         more = here.layer(Kind.DISK, {7: 9000}, parent=disk.id)
         other = here.layer(Kind.MEMORY, {9: 9001}, parent=memory.id)
         found = await here.snapshot("shop@2", more, other)
     second = await here.push(found, f"{name}:2")
     assert second.moved < 40_000 < second.shared
-    # In another repository of the same registry: what is known to be there is had from there.
+    # In another repository of the same registry: what is known to be there is had from there. An older Ramet knew nothing of snapshots.
+    known = json.loads(here.state.pushes.read_bytes())
+    here.state.pushes.write_text(json.dumps({key: known[key] for key in ("blobs", "uploads")}))
     third = await here.push(here.find("shop@2"), f"{registry.address}/other/shop:2")
     assert third.digest == second.digest
     assert third.moved < 5000
@@ -211,6 +218,24 @@ async def test_what_a_registry_has_is_not_sent_again(here: Place, there: Place, 
     assert came.moved < 40_000
     assert there.read(there.find(f"{name}:2").disk_layer) == here.read(more.id)
     assert there.read(there.find(f"{name}:2").memory_layer) == here.read(other.id)
+
+
+async def test_what_a_registry_has_lost_is_sent_again(here: Place, there: Place, base: str, registry: Registry) -> None:
+    disk = here.layer(Kind.DISK, {number: number for number in range(500)}, base=base)
+    name = f"{registry.address}/acme/shop"
+    first = await here.push(await here.snapshot("shop@1", disk), f"{name}:1")
+    (lost,) = here.ops.store.get(disk.id).blobs
+    shutil.rmtree(registry.data / "docker/registry/v2/repositories/acme/shop/_layers/sha256" / lost.removeprefix("sha256:"))
+    registry.blob(lost).unlink()
+    again = await here.push(here.find("shop@1"), f"{name}:2")
+    assert again.digest == first.digest
+    assert again.moved > 400 * PAGE
+    tracing.save(here.state.store, disk.id, [7, 1, 2])  # of which what is there knows nothing
+    traced = await here.push(here.find("shop@1"), f"{name}:2")
+    assert traced.digest != first.digest
+    assert (await here.push(here.find("shop@1"), f"{name}:3")).digest == traced.digest
+    await there.pull(f"{name}:2")
+    assert there.read(there.find(f"{name}:2").disk_layer) == here.read(disk.id)
 
 
 async def test_what_else_is_on_the_host_stays_there(here: Place, there: Place, base: str, registry: Registry) -> None:
@@ -223,7 +248,7 @@ async def test_what_else_is_on_the_host_stays_there(here: Place, there: Place, b
     kept = [path.read_bytes() for path in registry.data.rglob("data") if path.is_file()]
     assert any(random.Random(5).randbytes(PAGE) in data for data in kept)  # noise is kept as it is
     assert not any(random.Random(500 + number).randbytes(PAGE) in data for number in range(32) for data in kept)
-    assert (await here.push(here.find("shop@1"), name)).digest == sent.digest
+    assert (await here.push(here.find("shop@1"), f"{registry.address}/other/shop:1")).digest == sent.digest  # packed anew
     await there.pull(name)
     assert there.read(there.find(name).disk_layer) == here.read(disk.id)
 
@@ -387,7 +412,7 @@ async def test_drives_go_along(here: Place, there: Place, base: str, registry: R
     found = await here.snapshot("shop@1", here.layer(Kind.DISK, {1: 1}, base=base), drives=(drive,))
     name = f"{registry.address}/acme/shop:1"
     sent = await here.push(found, name)
-    assert (await here.push(found, name)).digest == sent.digest
+    assert (await here.push(found, f"{registry.address}/other/shop:1")).digest == sent.digest
     await there.pull(name)
     got = there.find(name)
     assert got.spec.drives == found.spec.drives

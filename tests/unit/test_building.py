@@ -6,9 +6,13 @@ import dataclasses
 
 import pytest
 
-from ramet.building import key, repository
+from ramet import images
+from ramet.building import build, key, repository
 from ramet.errors import SpecError
-from ramet.model import Lifecycle, Port, Spec
+from ramet.model import Lifecycle, Port, Snapshot, Spec
+from ramet.storage import Transfer
+from tests.unit.lineage import DIGEST
+from tests.unit.memory import Memory
 
 SPEC = Spec(name="shop", image="alpine:3", ports=(Port(guest=80, host=8080),), lifecycle=Lifecycle(create="make"))
 
@@ -38,3 +42,31 @@ def test_repositories() -> None:
     for wrong in ("debian:12", "oci:/tmp/x", f"ghcr.io/acme/shop@sha256:{'0' * 64}"):
         with pytest.raises(SpecError, match="is no place in a registry"):
             repository(wrong)
+
+
+class Host(Memory):
+    """Has every build already. pushed: where to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stock()
+        self.plant()
+        self.pushed: list[str] = []
+
+    async def get_snapshot(self, snapshot: str) -> Snapshot:
+        return await super().get_snapshot("m@warm")
+
+    async def push(self, snapshot: str, reference: str) -> Transfer:
+        self.pushed.append(reference)
+        return await super().push("m@warm", reference)
+
+
+async def test_each_reference_is_pushed_and_each_repository_has_the_build_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(reference: str) -> str:
+        return "sha256:1"
+
+    monkeypatch.setattr(images, "resolve", resolve)
+    host, (one, other) = Host(), ("ghcr.io/acme/shop", "ghcr.io/acme/other")
+    made = await build(host, SPEC, push=(f"{one}:main", f"{other}:main", f"{one}:1.0"))
+    assert host.pushed == [f"{one}:main", f"{other}:main", f"{one}:1.0", f"{one}:build-{made.key}", f"{other}:build-{made.key}"]
+    assert made.pushed == (f"{one}@{DIGEST}", f"{other}@{DIGEST}", f"{one}@{DIGEST}")

@@ -7,9 +7,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 from typer.testing import CliRunner
@@ -20,9 +19,8 @@ from ramet.cli.files import split
 from ramet.cli.group import Verbatim
 from ramet.model import Drive
 from ramet.units import format_size
-from tests.unit.memory import ARGV, Memory, beside, environment, program
-
-Run = Callable[..., "CompletedProcess[bytes]"]
+from tests.unit.conftest import Run
+from tests.unit.memory import ARGV, Memory, environment, program
 
 
 @pytest.fixture
@@ -30,26 +28,6 @@ def verbs() -> Memory:
     made = Memory()
     made.stock()
     return made
-
-
-@pytest.fixture
-def url(verbs: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with beside(verbs, tmp_path / "s") as made:
-        for name, value in environment(made).items():
-            monkeypatch.setenv(name, value)
-        yield made
-
-
-@pytest.fixture
-def cli(url: str) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process: status, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, list(arguments))
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result.exit_code, result.stdout, result.stderr
-
-    return call
 
 
 def test_list(cli: Run) -> None:
@@ -169,46 +147,46 @@ def test_ps(cli: Run) -> None:
 # commands
 
 
-def test_run_passes_on_everything(url: str, verbs: Memory) -> None:
-    ended = program(url, ["run", "m", "-e", "CODE=9", "-w", "/w", "-u", "me", "--timeout", "3", "--", "echo", "-e", "a b"])
+def test_run_passes_on_everything(served: str, verbs: Memory) -> None:
+    ended = program(served, ["run", "m", "-e", "CODE=9", "-w", "/w", "-u", "me", "--timeout", "3", "--", "echo", "-e", "a b"])
     assert (ended.returncode, ended.stdout, ended.stderr) == (9, b"-e a b\n", b"done\n")
     command = verbs.seen[-1][1]
     assert (command.argv, command.cwd, command.user, command.timeout, command.stdin) == (("echo", "-e", "a b"), "/w", "me", 3.0, False)  # type: ignore[attr-defined]
 
 
-def test_run_streams_what_is_piped(url: str) -> None:
+def test_run_streams_what_is_piped(served: str) -> None:
     data = bytes(range(256)) * 4000
-    ended = program(url, ["run", "m", "cat"], stdin=data)
+    ended = program(served, ["run", "m", "cat"], stdin=data)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, data, b"")
 
 
-def test_run_reads_files_too(url: str, tmp_path: Path) -> None:
+def test_run_reads_files_too(served: str, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"from a file")
     with (tmp_path / "in").open("rb") as file:
         assert subprocess.run([*ARGV, "run", "m", "cat"], stdin=file, capture_output=True, timeout=60).stdout == b"from a file"
 
 
-def test_run_failures_are_125(url: str) -> None:
+def test_run_failures_are_125(served: str) -> None:
     for arguments in (["run", "m", "missing"], ["run", "nobody", "x"], ["run", "m"], ["run", "m", "dies"], ["run", "-t", "m", "x"]):
-        ended = program(url, arguments)
+        ended = program(served, arguments)
         assert ended.returncode == 125, arguments
         assert ended.stderr.startswith(b"error: ")
 
 
-def test_run_as_json(url: str) -> None:
-    ended = program(url, ["run", "m", "--json", "--", "x"])
+def test_run_as_json(served: str) -> None:
+    ended = program(served, ["run", "m", "--json", "--", "x"])
     assert (ended.returncode, json.loads(ended.stdout)["stdout"], json.loads(ended.stdout)["encoding"]) == (3, "out\n", "utf-8")
 
 
-def test_run_detached(url: str, verbs: Memory) -> None:
-    ended = program(url, ["run", "m", "--detach", "sleep", "9"])
+def test_run_detached(served: str, verbs: Memory) -> None:
+    ended = program(served, ["run", "m", "--detach", "sleep", "9"])
     assert (ended.returncode, ended.stdout) == (0, b"1\n")
     assert verbs.seen[-1][1].detach  # type: ignore[attr-defined]
     assert verbs.seen[-1][1].label == "sleep"  # type: ignore[attr-defined]
 
 
-def test_attach(url: str) -> None:
-    ended = program(url, ["attach", "m", "4"])
+def test_attach(served: str) -> None:
+    ended = program(served, ["attach", "m", "4"])
     assert (ended.returncode, ended.stdout) == (137, b"tail\n")
 
 
@@ -220,7 +198,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(("sent", "status"), [([signal.SIGINT], 130), ([signal.SIGTERM], 143)])
-def test_interrupting_run_signals_the_command(url: str, verbs: Memory, sent: list[signal.Signals], status: int) -> None:
+def test_interrupting_run_signals_the_command(served: str, verbs: Memory, sent: list[signal.Signals], status: int) -> None:
     running = subprocess.Popen([*ARGV, "run", "m", "sleep"], stdin=subprocess.DEVNULL)
     wait_for(lambda: verbs.live)
     time.sleep(0.5)
@@ -230,7 +208,7 @@ def test_interrupting_run_signals_the_command(url: str, verbs: Memory, sent: lis
     assert verbs.signals[-1] == sent[0]
 
 
-def test_killing_the_client_kills_the_command(url: str, verbs: Memory) -> None:
+def test_killing_the_client_kills_the_command(served: str, verbs: Memory) -> None:
     running = subprocess.Popen([*ARGV, "run", "m", "sleep"], stdin=subprocess.DEVNULL)
     wait_for(lambda: verbs.live)
     running.kill()
@@ -238,7 +216,7 @@ def test_killing_the_client_kills_the_command(url: str, verbs: Memory) -> None:
     wait_for(lambda: verbs.killed == {1})
 
 
-def test_a_reader_that_leaves(url: str, verbs: Memory) -> None:
+def test_a_reader_that_leaves(served: str, verbs: Memory) -> None:
     """`ramet run m yes | head`: whoever reads us goes, and so do we and the command."""
     running = subprocess.Popen([*ARGV, "run", "m", "yes"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert running.stdout
@@ -278,36 +256,36 @@ def test_where_the_command_begins(line: str, marked: str) -> None:
 # files
 
 
-def test_cp_files(url: str, verbs: Memory, tmp_path: Path) -> None:
+def test_cp_files(served: str, verbs: Memory, tmp_path: Path) -> None:
     (tmp_path / "local").write_bytes(b"x" * 300_000)
     (tmp_path / "local").chmod(0o750)
-    assert program(url, ["cp", "local", "m:/g"], cwd=tmp_path).returncode == 0
+    assert program(served, ["cp", "local", "m:/g"], cwd=tmp_path).returncode == 0
     assert verbs.files["/g"] == (b"x" * 300_000, 0o750)
-    assert program(url, ["cp", "local", "m:/dir/"], cwd=tmp_path).returncode == 0
+    assert program(served, ["cp", "local", "m:/dir/"], cwd=tmp_path).returncode == 0
     assert "/dir/local" in verbs.files
-    assert program(url, ["cp", "local", "m:/dir"], cwd=tmp_path).returncode == 0
-    assert program(url, ["cp", "m:/g", "back"], cwd=tmp_path).returncode == 0
+    assert program(served, ["cp", "local", "m:/dir"], cwd=tmp_path).returncode == 0
+    assert program(served, ["cp", "m:/g", "back"], cwd=tmp_path).returncode == 0
     assert (tmp_path / "back").read_bytes() == b"x" * 300_000
     (tmp_path / "d").mkdir()
-    assert program(url, ["cp", "m:/f", "d"], cwd=tmp_path).returncode == 0
-    assert program(url, ["cp", "m:/f", "./e/"], cwd=tmp_path).returncode == 0
+    assert program(served, ["cp", "m:/f", "d"], cwd=tmp_path).returncode == 0
+    assert program(served, ["cp", "m:/f", "./e/"], cwd=tmp_path).returncode == 0
     assert (tmp_path / "d/f").read_bytes() == (tmp_path / "e/f").read_bytes() == b"data\n"
-    assert program(url, ["cp", "m:/f", "nowhere/deep"], cwd=tmp_path).returncode == 6
-    assert program(url, ["cp", "nothing", "m:/f"], cwd=tmp_path).returncode == 6
+    assert program(served, ["cp", "m:/f", "nowhere/deep"], cwd=tmp_path).returncode == 6
+    assert program(served, ["cp", "nothing", "m:/f"], cwd=tmp_path).returncode == 6
 
 
-def test_cp_streams(url: str, verbs: Memory) -> None:
-    assert program(url, ["cp", "-", "m:/s"], stdin=b"piped").returncode == 0
-    assert program(url, ["cp", "m:/s", "-"]).stdout == b"piped"
+def test_cp_streams(served: str, verbs: Memory) -> None:
+    assert program(served, ["cp", "-", "m:/s"], stdin=b"piped").returncode == 0
+    assert program(served, ["cp", "m:/s", "-"]).stdout == b"piped"
 
 
-def test_cp_trees(url: str, verbs: Memory, tmp_path: Path) -> None:
+def test_cp_trees(served: str, verbs: Memory, tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t/f").write_text("x")
-    assert program(url, ["cp", "t", "m:/new"], cwd=tmp_path).returncode == 0
-    assert program(url, ["cp", "t", "m:/dir"], cwd=tmp_path).returncode == 0
+    assert program(served, ["cp", "t", "m:/new"], cwd=tmp_path).returncode == 0
+    assert program(served, ["cp", "t", "m:/dir"], cwd=tmp_path).returncode == 0
     assert [call for call in verbs.seen if call[0] == "unpack"] == [("unpack", "/new", False, ""), ("unpack", "/dir/t", False, "")]
-    ended = program(url, ["cp", "m:/dir", "copy", "--json"], cwd=tmp_path)
+    ended = program(served, ["cp", "m:/dir", "copy", "--json"], cwd=tmp_path)
     assert (tmp_path / "copy/inside").read_bytes() == b"tree"
     assert b"left out: ./out" in ended.stderr
     assert json.loads(ended.stdout)["files"] == 1
@@ -366,8 +344,8 @@ def test_help_names_every_command() -> None:
         assert re.search(rf"^\W+{name} ", out, re.MULTILINE)
 
 
-def test_completion_of_names(url: str) -> None:
-    env = environment(url, _RAMET_COMPLETE="complete_bash", COMP_WORDS="ramet show ", COMP_CWORD="2")
+def test_completion_of_names(served: str) -> None:
+    env = environment(served, _RAMET_COMPLETE="complete_bash", COMP_WORDS="ramet show ", COMP_CWORD="2")
     ended = subprocess.run(ARGV, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     assert ended.stdout.split() == [b"m", b"bad", b"idle"]
 
@@ -381,7 +359,7 @@ def test_the_nearest_definition(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["list", "show m --json", "run m -e A=1 -- echo x", "stop m --force", "files ls m:/", "daemon status"])
-def test_starting_is_quick(url: str, line: str) -> None:
+def test_starting_is_quick(served: str, line: str) -> None:
     """None of these is imported, which cost more than all the rest."""
     code = f"import atexit, sys; sys.argv[1:] = {line.split()}\n"
     code += "slow = 'pydantic', 'fastapi', 'rich', 'sqlalchemy', 'tarfile'\n"

@@ -5,20 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
-from typer.testing import CliRunner
 
-from ramet.cli import app
 from ramet.model import Activity, Event
 from ramet.storage import Transfer
+from tests.unit.conftest import Run
 from tests.unit.lineage import DIGEST
-from tests.unit.memory import Memory, beside, environment, until
+from tests.unit.memory import Memory, until
 
-Run = Callable[..., "CompletedProcess[bytes]"]
 REFERENCE = "127.0.0.1:5000/acme/shop:1"
 
 
@@ -40,25 +35,6 @@ def verbs() -> Memory:
     made.stock()
     made.plant()
     return made
-
-
-@pytest.fixture
-def url(verbs: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with beside(verbs, tmp_path / "s") as made:
-        for name, value in environment(made).items():
-            monkeypatch.setenv(name, value)
-        yield made
-
-
-@pytest.fixture
-def cli(url: str) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, list(arguments))
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        assert "\x1b" not in result.stdout + result.stderr
-        return result.exit_code, result.stdout, result.stderr
-
-    return call
 
 
 def test_push(cli: Run) -> None:

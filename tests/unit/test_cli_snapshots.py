@@ -8,9 +8,8 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 from typer.testing import CliRunner
@@ -21,43 +20,12 @@ from ramet.cli.layers import BLOCK, data_runs, save
 from ramet.cli.lineage import draw
 from ramet.errors import HostError, LayerError, NoSpaceError
 from ramet.model import NodeKind, State, TreeNode, Usage
-from tests.unit.memory import ARGV, Memory, beside, environment, program
+from tests.unit.conftest import Run
+from tests.unit.memory import ARGV, Memory, environment, program
 from tests.unit.test_shell import Terminal
 
-Run = Callable[..., "CompletedProcess[bytes]"]
 MIB = 1 << 20
 GOOD, TORN = "00000000000000aa", "00000000000000bb"
-
-
-@pytest.fixture
-def verbs() -> Memory:
-    made = Memory()
-    made.stock()
-    made.plant()
-    return made
-
-
-@pytest.fixture
-def url(verbs: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with beside(verbs, tmp_path / "s") as made:
-        for name, value in environment(made).items():
-            monkeypatch.setenv(name, value)
-        yield made
-
-
-@pytest.fixture
-def cli(url: str) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process: status, stdout, stderr. No table is wider than 80 columns, no text has a guest's control characters."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, list(arguments))
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        if "--json" not in arguments and "-" not in arguments:
-            assert "\x1b" not in result.stdout + result.stderr
-            assert arguments[0] not in ("list", "snapshots", "tree") or max(map(len, result.stdout.splitlines()), default=0) <= 80
-        return result.exit_code, result.stdout, result.stderr
-
-    return call
 
 
 # forks
@@ -170,8 +138,8 @@ def test_restore(cli: Run, verbs: Memory) -> None:
 
 
 @pytest.mark.parametrize(("answer", "status"), [(b"y\r", 0), (b"n\r", 1), (b"\r", 1)])
-def test_restore_asks_on_a_terminal(url: str, verbs: Memory, answer: bytes, status: int) -> None:
-    terminal = Terminal(url, "restore", "m", "warm")
+def test_restore_asks_on_a_terminal(served: str, verbs: Memory, answer: bytes, status: int) -> None:
+    terminal = Terminal(served, "restore", "m", "warm")
     try:
         terminal.expect(b"Go back? [y/N]")
         terminal.type(answer)
@@ -263,10 +231,10 @@ def test_tree(cli: Run) -> None:
     ].items()
 
 
-def test_the_deleted_are_dimmed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deleted_are_dimmed(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    terminal = Terminal(url, "tree")
+    terminal = Terminal(served, "tree")
     try:
         terminal.expect(b"together")
         assert b"\x1b[2m\xe2\x94\x94\xe2\x94\x80 old (deleted)\x1b[0m" in terminal.seen
@@ -366,9 +334,9 @@ def umask() -> int:
     return mask
 
 
-def test_export_to_stdout(url: str, verbs: Memory) -> None:
-    assert program(url, ["layer", "export", GOOD, "-"]).stdout == verbs.raw[GOOD]
-    ended = program(url, ["layer", "export", TORN, "-"])
+def test_export_to_stdout(served: str, verbs: Memory) -> None:
+    assert program(served, ["layer", "export", GOOD, "-"]).stdout == verbs.raw[GOOD]
+    ended = program(served, ["layer", "export", TORN, "-"])
     assert (ended.returncode, ended.stdout) == (7, b"torn")
 
 
@@ -445,8 +413,8 @@ def test_runs_of_data() -> None:
         ("ramet cp chi", 2, ["child:"]),
     ],
 )
-def test_completion_in_bash(url: str, typed: str, at: int, offered: list[str]) -> None:
-    env = environment(url, _RAMET_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(at))
+def test_completion_in_bash(served: str, typed: str, at: int, offered: list[str]) -> None:
+    env = environment(served, _RAMET_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(at))
     ended = subprocess.run(ARGV, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     assert ended.stdout.decode().split() == offered
     assert ended.stderr == b""
@@ -485,7 +453,7 @@ def test_help_has_an_example(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["snapshots", "tree", "fork m x", "resume m", "layer ls", "restore m --dry-run"])
-def test_starting_is_quick(url: str, line: str) -> None:
+def test_starting_is_quick(served: str, line: str) -> None:
     """None of these is imported, which cost more than all the rest."""
     code = f"import atexit, sys; sys.argv[1:] = {line.split()}\n"
     code += "slow = 'pydantic', 'fastapi', 'rich', 'sqlalchemy', 'tarfile'\n"

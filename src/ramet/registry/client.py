@@ -14,6 +14,7 @@ import httpx2
 
 from ramet import oci
 from ramet.errors import HostError, ImageError
+from ramet.reference import DIGEST, PATH, TAG
 from ramet.registry import upload
 from ramet.registry.config import HOST, Config, Endpoint
 from ramet.registry.line import Line, body, pulls, pushes
@@ -25,10 +26,6 @@ STRANGER = 10.0  # seconds for which a registry is tried that was not heard of y
 SHUNNED = 30.0  # seconds for which a mirror that failed is not asked
 SKIP = 1 << 20  # bytes read for nothing where a server gives the whole instead of a range
 _ACCEPT = ", ".join((oci.OCI_MANIFEST, *oci.INDEXES, "application/vnd.docker.distribution.manifest.v2+json"))
-# the grammar of github.com/distribution/reference
-_PATH = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(?:\d{1,18}|\*)")
 T = TypeVar("T")
 
@@ -69,8 +66,8 @@ class Registry:
 
     async def manifest(self, path: str, reference: str) -> tuple[str, bytes]:
         """A manifest or index by tag or digest: its digest, and its bytes (at most 4 MiB), verified."""
-        named = bool(_DIGEST.fullmatch(reference))
-        if not named and not _TAG.fullmatch(reference):
+        named = bool(DIGEST.fullmatch(reference))
+        if not named and not TAG.fullmatch(reference):
             raise ImageError(f"registry {self.host}: {reference!r} is neither a tag nor a digest")
         what = _what(self.host, path, reference)
 
@@ -169,7 +166,7 @@ class Registry:
     async def put_manifest(self, path: str, reference: str, data: bytes, media_type: str) -> str:
         """Publish a document under a tag or its digest; returns the digest."""
         digest = oci.sha256(data)
-        if reference != digest and not _TAG.fullmatch(reference):
+        if reference != digest and not TAG.fullmatch(reference):
             raise ImageError(f"registry {self.host}: {reference!r} is neither a tag nor the document's digest")
         what = f"{_what(self.host, path, reference)} cannot be written"
 
@@ -258,13 +255,13 @@ class Registry:
 
 
 def _named(path: str) -> str:
-    if len(path) > 255 or not _PATH.fullmatch(path):
+    if len(path) > 255 or not PATH.fullmatch(path):
         raise ImageError(f"{path!r} is not a repository's name")
     return path
 
 
 def _checked(digest: str) -> str:
-    if not _DIGEST.fullmatch(digest):
+    if not DIGEST.fullmatch(digest):
         raise ImageError(f"{digest!r} is not a sha256 digest")
     return digest
 

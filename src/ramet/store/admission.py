@@ -11,8 +11,10 @@ from ramet import locks
 from ramet.errors import BusyError, LayerError, NotFoundError
 from ramet.paths import StoreDir
 from ramet.store import disk, layer, remote
+from ramet.store.index import Index
 from ramet.store.layer import Layer
 from ramet.store.remote import Source
+from ramet.store.runs import Owners
 from ramet.store.store import Store
 
 
@@ -29,7 +31,7 @@ def here(files: StoreDir, layer_id: str, origin: str) -> Layer | None:
     return found
 
 
-def admit(store: Store, record: Layer, owners: bytes, index: bytes, sizes: Mapping[str, int], source: Source) -> Layer:
+def admit(store: Store, record: Layer, owners: Owners, index: Index, sizes: Mapping[str, int], source: Source) -> Layer:
     """Publish a layer whose tables were verified, or leave the one that is here; in both cases its blobs have places, and are to be had from `source` too.
 
     On the disk when this returns. sizes: bytes of its blobs, by digest. The caller keeps it from being collected until somebody names it.
@@ -46,7 +48,7 @@ def admit(store: Store, record: Layer, owners: bytes, index: bytes, sizes: Mappi
     return found or record
 
 
-def _publish(files: StoreDir, record: Layer, owners: bytes, index: bytes) -> None:
+def _publish(files: StoreDir, record: Layer, owners: Owners, index: Index) -> None:
     draft = files.draft(record.id)
     with disk.guard("write", draft.root):
         draft.root.mkdir(mode=0o700, exist_ok=True)  # what a crash has left is filled anew
@@ -54,8 +56,8 @@ def _publish(files: StoreDir, record: Layer, owners: bytes, index: bytes) -> Non
     if lock is None:
         raise BusyError(f"layer {record.id} is being pulled by another", hint="Try again in a moment.")
     try:
-        disk.replace(layer.owners_file(draft, record), owners, durable=True)
-        disk.replace(layer.index_file(draft, record), index, durable=True)
+        disk.replace(layer.owners_file(draft, record), owners.dump(), durable=True)
+        disk.replace(layer.index_file(draft, record), index.dump(), durable=True)
         layer.save(draft, record, durable=True)
         with disk.guard("write", files.layers):
             draft.root.rename(files.layer(record.id).root)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ramet.errors import LayerError, RametError
 from ramet.paths import StoreDir
-from ramet.store import garbage, remote, stock, tracing
+from ramet.store import disk, garbage, remote, stock, tracing
 from ramet.store.chain import Chain
 from ramet.store.errands import Errands
 from ramet.store.keeper import say
@@ -161,7 +161,7 @@ class Bringer:
 
     async def _whole(self, found: Remote, records: Sequence[Layer], rank: Rank, came: Callable[[int], None]) -> None:
         """Have all of a blob here, and verify it as a whole. Nobody gives up chunks of it meanwhile. LayerError when that fails though each frame is right."""
-        lock = await asyncio.to_thread(stock.hold, self._files, found.digest)
+        lock = await asyncio.to_thread(disk.lock, self._files.blob(found.digest))
         try:
             await self._fetch(found, records, rank, came)
         finally:

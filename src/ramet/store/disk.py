@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -73,6 +74,28 @@ def sync(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def lock(path: Path, *, alone: bool = False) -> int:
+    """A descriptor that has the flock of a file or directory until it is closed, shared with others unless `alone`. Waits for it. HostError."""
+    with guard("read", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, alone: bool = False) -> Iterator[None]:
+    """The same in the body."""
+    fd = lock(path, alone=alone)
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def allocated(path: Path) -> int:

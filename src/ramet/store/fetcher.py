@@ -24,7 +24,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -36,6 +35,7 @@ import httpcore2
 from ramet import records, units
 from ramet.errors import LayerError, RametError, SpecError
 from ramet.paths import StoreDir
+from ramet.reference import DIGEST
 from ramet.store import layer
 from ramet.store.bringing import Bringer
 from ramet.store.errands import DEADLINE, Errands, notice
@@ -47,7 +47,6 @@ from ramet.store.schedule import Rank
 from ramet.store.stock import LONGEST
 from ramet.store.supply import Supply
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 IDLE = 60.0  # seconds
 _EVERY = 0.1  # seconds between two words of progress
 _BACKLOG = 1024
@@ -188,7 +187,7 @@ def _layer(name: Any) -> str:
 
 
 def _frame(blob: str, offset: int, length: int, mark: str) -> Want:
-    if not _DIGEST.fullmatch(blob) or offset < 0 or length <= 0 or len(found := bytes.fromhex(mark)) != MARK:
+    if not DIGEST.fullmatch(blob) or offset < 0 or length <= 0 or len(found := bytes.fromhex(mark)) != MARK:
         raise ValueError("a frame that is none")
     if length > LONGEST:
         raise LayerError(f"a layer names a frame of {length} bytes in blob {blob} at {offset}: none is longer than {LONGEST}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -13,6 +13,7 @@ from ramet.errors import HostError, LayerError
 from ramet.paths import LayerDir
 from ramet.store import columns
 from ramet.store.layer import CHUNK_PAGES, PAGE, Layer, index_file
+from ramet.store.remote import Want
 
 MARK = 16  # bytes of the SHA-256 of a compressed frame
 _MAGIC = b"RAMETIDX"
@@ -44,6 +45,10 @@ class Index:
 
     def mark(self, row: int) -> bytes:
         return self.marks[row * MARK : row * MARK + MARK]
+
+    def want(self, row: int, blobs: Sequence[str]) -> Want:
+        """The frame of a row that has data. blobs: the record's."""
+        return Want(blob=blobs[self.blob[row]], offset=self.offset[row], length=self.length[row], mark=self.mark(row))
 
     def rows(self, first: int, end: int) -> tuple[int, int]:
         """The rows of the chunks that hold any of the pages first … end-1."""
@@ -85,19 +90,19 @@ class Index:
             moved_to=to,
         )
 
-    def problems(self, layer: Layer) -> list[str]:
-        """What cannot be, when the index is the layer's."""
+    def problems(self, *, pages: int, blobs: int, beneath: int) -> list[str]:
+        """What cannot be, when the index is of a layer that has so many pages, and names so many blobs and layers beneath."""
         found = []
         if any(a >= b for a, b in zip(self.chunk, self.chunk[1:], strict=False)):
             found.append("its chunks are not in order")
-        if len(self) and self.chunk[-1] * CHUNK_PAGES >= layer.pages:
+        if len(self) and self.chunk[-1] * CHUNK_PAGES >= pages:
             found.append(f"chunk {self.chunk[-1]} is beyond the layer's end")
         for row in range(len(self)):
             if self.data[row] & self.zero[row]:
                 found.append(f"chunk {self.chunk[row]}: a page is data and zero at once")
-            if self.data[row] and self.blob[row] >= len(layer.blobs):
+            if self.data[row] and self.blob[row] >= blobs:
                 found.append(f"chunk {self.chunk[row]} is in a blob that the layer does not name")
-        if any(to >= len(layer.beneath) for to in self.moved_to):
+        if any(to >= beneath for to in self.moved_to):
             found.append("it names a layer that the record does not")
         return found
 
@@ -127,6 +132,11 @@ def read(files: LayerDir, layer: Layer) -> Index:
     if "sha256:" + hashlib.sha256(data).hexdigest() != layer.index_digest:
         raise LayerError(f"{what} is damaged: its content does not match the record's digest")
     return Index.load(data, what)
+
+
+def mark_of(frame: bytes | memoryview) -> bytes:
+    """What tells a compressed frame from any other."""
+    return hashlib.sha256(frame).digest()[:MARK]
 
 
 def content_length(data: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ramet import records
 from ramet.errors import DaemonError, HostError, LayerError, NotFoundError
 from ramet.paths import LayerDir, StoreDir
+from ramet.reference import DIGEST
 from ramet.store import disk
 
 FORMAT = 1
@@ -27,7 +28,6 @@ MAX_PAGES = (1 << 32) - 1  # what the tables count in: 16 TiB
 BASE_LAYER = "layer:"  # how a base begins that is a layer itself
 
 _ID = re.compile(r"[0-9a-f]{16}")
-_BLOB = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Kind(StrEnum):
@@ -180,7 +180,7 @@ def _problem(layer: Layer, layer_id: str) -> str:
         return "it is another layer's"
     if not all(map(is_id, (*layer.chain, *layer.beneath, *filter(None, [layer.parent])))):
         return "it names what is no layer"
-    if not all(map(_BLOB.fullmatch, (*layer.blobs, *filter(None, [layer.origin])))):
+    if not all(map(DIGEST.fullmatch, (*layer.blobs, *filter(None, [layer.origin])))):
         return "it names what is no blob"
     if not 0 < layer.size <= MAX_PAGES * PAGE:
         return f"its size is {layer.size}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,6 @@ from ramet.errors import RametError
 from ramet.paths import StoreDir
 from ramet.store import blob, disk, eviction, garbage, index, remote, verify
 from ramet.store.garbage import Records
-from ramet.store.index import MARK
 from ramet.store.layer import PAGE, Layer
 from ramet.store.remote import Remote, Want
 
@@ -61,9 +59,10 @@ def mend(files: StoreDir, layers: Iterable[str]) -> int:
 
 def _frames(files: StoreDir, record: Layer) -> Iterator[Want]:
     rows = index.read(files.layer(record.id), record)
+    elsewhere = {which for which, digest in enumerate(record.blobs) if remote.is_remote(files, digest)}
     for row in range(len(rows)):
-        if rows.length[row] and rows.blob[row] < len(record.blobs) and remote.is_remote(files, digest := record.blobs[rows.blob[row]]):
-            yield Want(blob=digest, offset=rows.offset[row], length=rows.length[row], mark=rows.mark(row))
+        if rows.length[row] and rows.blob[row] in elsewhere:
+            yield rows.want(row, record.blobs)
 
 
 def _mend(files: StoreDir, digest: str, frames: list[Want]) -> int:
@@ -71,7 +70,7 @@ def _mend(files: StoreDir, digest: str, frames: list[Want]) -> int:
     found = remote.load(files, digest)
     if found is None or not path.exists():
         return 0
-    spoilt = [(want.offset, want.offset + want.length) for want in frames if _is_spoilt(files, want)]
+    spoilt = [(want.offset, want.offset + want.length) for want in frames if verify.is_spoilt(files, want)]
     if found.whole and blob.digest(path) != digest:
         remote.change(files, found.digest, whole=False)
         # What is wrong may lie where no frame is that we know: in the seek table, or in frames of layers that are not here.
@@ -86,9 +85,3 @@ def _mend(files: StoreDir, digest: str, frames: list[Want]) -> int:
             os.close(fd)
     blob.files.forget(str(path))
     return len(spoilt)
-
-
-def _is_spoilt(files: StoreDir, want: Want) -> bool:
-    with open(files.blob(want.blob), "rb") as file:
-        data = os.pread(file.fileno(), want.length, want.offset)
-    return hashlib.sha256(data).digest()[:MARK] != want.mark and verify.is_spoilt(files, want)

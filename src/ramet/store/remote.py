@@ -2,15 +2,15 @@
 
 Nothing says which chunks are here: a chunk is read, and does not match its digest where it is not. So a crash, a lost write or a flipped bit in the cache only
 mean that the chunk is fetched again.
+
+The daemon, the fetcher and a collection write to the records: one after the other, by a lock on their directory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from ramet import records
 from ramet.errors import DaemonError, HostError, LayerError, NotFoundError, SpecError
 from ramet.paths import StoreDir
+from ramet.reference import DIGEST
 from ramet.store import disk
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MINUTE = 60.0
 
 
@@ -79,26 +79,14 @@ def save(files: StoreDir, found: Remote) -> None:
 
 def change(files: StoreDir, digest: str, **changes: bool) -> None:
     """Change a record, if there is one; what another process changes of it at the same time is not lost."""
-    with _alone(files):
+    with disk.locked(files.remotes, alone=True):
         if found := load(files, digest):
             save(files, replace(found, **changes))  # type: ignore[arg-type]
 
 
-@contextlib.contextmanager
-def _alone(files: StoreDir) -> Iterator[None]:
-    """The daemon, the fetcher and a collection write to these records: one after the other."""
-    with disk.guard("read", files.remotes):
-        fd = os.open(files.remotes, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
 def expect(files: StoreDir, digest: str, size: int, source: Source) -> None:
     """Have a place for a blob that is not here, and know where it is to be had. One that is here stays as it is; one more source is remembered."""
-    with _alone(files):
+    with disk.locked(files.remotes, alone=True):
         found = load(files, digest)
         path = files.blob(digest)
         if not found and path.exists():
@@ -150,7 +138,7 @@ def lend(files: StoreDir, digest: str, offset: int, length: int) -> tuple[int, i
 
     NotFoundError unless all of them are here. What a crash or a flipped bit did to them is for their reader to find: he has their digests.
     """
-    if not _DIGEST.fullmatch(digest):
+    if not DIGEST.fullmatch(digest):
         raise SpecError(f"{digest!r} is no blob's digest", hint="Write sha256: and 64 hexadecimal digits.")
     elsewhere = is_remote(files, digest)  # asked before and after: a collection takes the blob first, a pull the record
     gone = NotFoundError(f"these bytes of blob {digest} are not here", details={"digest": digest})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import heapq
 from array import array
 from bisect import bisect_right
@@ -19,7 +18,7 @@ from ramet.errors import LayerError
 from ramet.paths import StoreDir
 from ramet.store import blob, index, remote
 from ramet.store.chain import Chain
-from ramet.store.index import MARK, Index
+from ramet.store.index import MARK, Index, mark_of
 from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
 from ramet.store.runs import ZERO, Runs
 
@@ -253,7 +252,7 @@ class Sealer:
     def _place(self, content: bytes) -> tuple[tuple[int, int, int], bytes]:
         """Blob, offset and length of the chunk's frame, written if there is none like it, and its mark."""
         frame = blob.compress(content)
-        mark = hashlib.sha256(frame).digest()[:MARK]
+        mark = mark_of(frame)
         if (own := self._own.get(mark)) and own[1] == len(frame) and self._writer.read(*own) == frame:
             return (0, *own), mark
         if elsewhere := self._frames.find(mark, frame):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Protocol
 from ramet.errors import AbsentError, HostError, LayerError
 from ramet.paths import StoreDir
 from ramet.store import blob, remote
-from ramet.store.index import MARK, Index, content_length
+from ramet.store.index import Index, content_length, mark_of
 from ramet.store.layer import CHUNK_PAGES, PAGE, Layer
 from ramet.store.remote import Want
 from ramet.store.runs import ZERO, Runs, find
@@ -155,12 +154,7 @@ class Sealed:
                     self._below.wants(low, high, out)
                 wanted = wanted or (low < high and kind == _DATA)
             if wanted and index.blob[row] < len(remotes) and remotes[index.blob[row]]:
-                out.append(self.want(row))
-
-    def want(self, row: int) -> Want:
-        """A chunk's frame."""
-        index = self._index
-        return Want(blob=self._blobs[index.blob[row]], offset=index.offset[row], length=index.length[row], mark=index.mark(row))
+                out.append(index.want(row, self._blobs))
 
     def _rows(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The pages first … end-1 in order, each stretch with the row that its chunk has in the index; -1 where it has none."""
@@ -194,7 +188,7 @@ class Sealed:
         try:
             if compressed is None:
                 compressed = memoryview(blob.read(path, index.offset[row], index.length[row], what))
-            if hashlib.sha256(compressed).digest()[:MARK] != index.marks[row * MARK : row * MARK + MARK]:
+            if mark_of(compressed) != index.mark(row):
                 raise LayerError(f"{what}: blob {Path(path).name} is damaged at {index.offset[row]}: the frame does not match its digest")
         except LayerError as error:
             raise self._absent(row, what, error) from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 from array import array
 from bisect import bisect_left
@@ -15,7 +13,7 @@ from pathlib import Path
 from ramet.errors import LayerError, NoSpaceError, RametError
 from ramet.paths import StoreDir
 from ramet.store import blob, disk, garbage, index, remote
-from ramet.store.index import MARK
+from ramet.store.index import MARK, mark_of
 from ramet.store.layer import CHUNK, Layer
 from ramet.store.remote import Remote, Want
 
@@ -89,7 +87,7 @@ def is_here(fd: int, frame: Want) -> bool:
     """Whether a frame is in a blob's file."""
     if not frame.mark or _hollow(fd, frame):
         return False
-    return hashlib.sha256(os.pread(fd, frame.length, frame.offset)).digest()[:MARK] == frame.mark
+    return mark_of(os.pread(fd, frame.length, frame.offset)) == frame.mark
 
 
 def _hollow(fd: int, frame: Want) -> bool:
@@ -168,7 +166,7 @@ def land(fd: int, frames: Sequence[Want], base: int, data: memoryview) -> list[W
     spans: list[tuple[int, int]] = []
     for frame in frames:
         begin, end = frame.offset - base, frame.offset - base + frame.length
-        if frame.mark and hashlib.sha256(data[begin:end]).digest()[:MARK] != frame.mark:
+        if frame.mark and mark_of(data[begin:end]) != frame.mark:
             continue
         good.append(frame)
         if spans and spans[-1][1] == begin:
@@ -192,31 +190,15 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
         raise failed from error
 
 
-def hold(files: StoreDir, digest: str) -> int:
-    """A descriptor of a blob's file; until it is closed, `eviction` leaves the blob alone. Waits while that is at work."""
-    with disk.guard("read", files.blob(digest)):
-        fd = os.open(files.blob(digest), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 def settle(files: StoreDir, digest: str) -> bool:
     """Whether the whole blob matches its digest; that is remembered then. Nobody collects garbage meanwhile."""
-    lock = os.open(files.blobs, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with disk.locked(files.blobs):
         path = files.blob(digest)
         if blob.digest(path) != digest:
             return False
         disk.sync(path)  # `whole` says that nothing need be looked at again, after a crash of the host too
         remote.change(files, digest, whole=True, evicted=False)
         return True
-    finally:
-        os.close(lock)
 
 
 def is_cramped(path: Path) -> bool:

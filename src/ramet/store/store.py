@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -437,16 +436,9 @@ class Store:
         finally:
             os.close(lock)
 
-    @contextlib.contextmanager
-    def referring(self) -> Iterator[None]:
+    def referring(self) -> contextlib.AbstractContextManager[None]:
         """Nobody removes a blob in the body. Waits for one who does, which is a matter of unlinking files."""
-        with disk.guard("read", self.files.blobs):
-            fd = os.open(self.files.blobs, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            yield
-        finally:
-            os.close(fd)
+        return disk.locked(self.files.blobs)
 
 
 def _check(record: Layer, runs: Runs, length: int) -> None:

@@ -82,7 +82,8 @@ def _own(store: StoreDir, record: Layer) -> Iterator[str]:
 
 def _sealed(store: StoreDir, record: Layer, files: LayerDir) -> Iterator[str]:
     rows = index.read(files, record)
-    yield from (f"the index of layer {record.id}: {problem}" for problem in rows.problems(record))
+    wrong = rows.problems(pages=record.pages, blobs=len(record.blobs), beneath=len(record.beneath))
+    yield from (f"the index of layer {record.id}: {problem}" for problem in wrong)
     source = Sealed(store, record, rows, _Nothing())
     try:
         for row in range(len(rows)):
@@ -90,7 +91,7 @@ def _sealed(store: StoreDir, record: Layer, files: LayerDir) -> Iterator[str]:
                 try:
                     source.frame(row)
                 except AbsentError:
-                    want = source.want(row)
+                    want = rows.want(row, record.blobs)
                     if is_spoilt(store, want):
                         what = f"layer {record.id}, chunk {rows.chunk[row]}: blob {want.blob} is damaged at {want.offset}"
                         yield f"{what}: the frame does not match its digest; it can be fetched again"
@@ -111,7 +112,10 @@ def is_spoilt(store: StoreDir, want: Want) -> bool:
         try:
             end = want.offset + want.length
             # A block has parts of two frames where they meet, and is no hole when one of them is here: the other's part is zeros then.
-            return [*remote.held(fd, want.offset, end)] == [(want.offset, end)] and any(os.pread(fd, want.length, want.offset))
+            if [*remote.held(fd, want.offset, end)] != [(want.offset, end)]:
+                return False
+            frame = os.pread(fd, want.length, want.offset)  # after that, for it may just be coming
+            return any(frame) and index.mark_of(frame) != want.mark
         finally:
             os.close(fd)
 
