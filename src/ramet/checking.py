@@ -147,7 +147,7 @@ def _images(ops: Operations) -> Iterator[Problem]:
         place = ImageDir(root=path)
         found = images.load(ops.state, path.name.replace("-", ":", 1))
         if found is None:
-            if path.exists():
+            if path.is_dir() and any(path.iterdir()):  # one that was cut off has its directory before its record; the next takes that
                 yield Problem(text=f"image {path.name} is not whole: its record or its disk is missing; it is made again when it is needed")
             continue
         why = _unreadable(place.disk, found.disk_size)

@@ -202,7 +202,8 @@ class Operations:
         files = self.state.machine(entry.record.id)
         if not disks.current(files, entry.record.spec.disk):
             self.doing(entry, "making the disk")
-            await disks.make(self.state, files, entry.record.spec)
+            point = self.snapshots.get(entry.record.snapshot_id)  # from which it was to be made, when that was cut off
+            await disks.make(self.state, files, entry.record.spec, point.disk_layers if point else ())
         found = await self.settle_disks(entry, {})
         if disks.layers_of(files):
             await self.use_layers()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from ramet import bringup, disks, images, lifecycle, locks, restoring, saving
 from ramet.errors import RametError
@@ -13,13 +14,14 @@ from ramet.fetchwatch import WAITS
 from ramet.model import ImageConfig, Snapshot, State
 from ramet.operations import LOST, Entry, Operations, retrieve
 from ramet.records import load
+from ramet.store.disk import STAGED
 from ramet.vm import balloon, capture
 from ramet.vm import machine as vm
 from ramet.vm.machine import Vm
 
 log = logging.getLogger("ramet")
 
-_AGAIN = 1.0  # seconds until a machine that waits for its memory, and so did not answer for half a minute, is asked again
+_AGAIN = 1.0  # seconds that a machine which waits for its memory is given to answer, and until it is asked again
 _ADOPTING = 5.0  # seconds that the daemon's start waits for running machines to answer; the rest is found in the background
 
 
@@ -28,6 +30,7 @@ async def reconcile(ops: Operations) -> None:
     for doomed in [*ops.state.machines.glob(".deleting-*"), *ops.state.snapshots.glob(".new-*"), *ops.state.snapshots.glob(".deleting-*")]:
         log.info("finishing the removal of %s", doomed.name)
         await asyncio.to_thread(bringup.remove_tree, doomed)
+    await asyncio.to_thread(_remove_unwritten, ops.state.root)
     if not locks.is_held(ops.state.store.lock):
         await ops.layers.stop()  # what a keeper that died has left
     await asyncio.to_thread(restoring.end_traces, ops)
@@ -47,6 +50,15 @@ async def reconcile(ops: Operations) -> None:
             ops.keep(task)
     for task in adopting:
         task.add_done_callback(retrieve)
+
+
+def _remove_unwritten(root: Path) -> None:
+    """Files that `disk.replace` had not given their names when its process was killed. The thread that writes one is in its name."""
+    for place in ("", "images/sha256-*/", "machines/*/", "store/layers/*/"):
+        for path in root.glob(f"{place}{STAGED}*.*"):
+            thread = path.suffix[1:]
+            if thread.isdigit() and not Path("/proc", thread).exists():
+                path.unlink(missing_ok=True)
 
 
 async def _find_snapshots(ops: Operations) -> None:
@@ -119,8 +131,9 @@ async def _settle(ops: Operations, entry: Entry, active: Mapping[int, int]) -> N
 async def _adopt(ops: Operations, entry: Entry) -> None:
     """Take a machine that lives over from a daemon that is gone, and make it what the record says it is: a save may have been cut off."""
     files = ops.state.machine(entry.record.id)
+    waits = entry.record.reason.startswith(WAITS)  # then its monitor answers when it has the page that it waits for
     try:
-        machine = await Vm.adopt(files)
+        machine = await Vm.adopt(files, deadline=_AGAIN if waits else vm.SPAWN_DEADLINE)
         entry.vm = machine
         if entry.record.memory_limit:
             await balloon.look(machine)
@@ -137,7 +150,7 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
             await machine.monitor("cont")
         await machine.connect_agent(deadline=vm.BOOT_DEADLINE / 3, resync=True)
     except RametError as error:
-        if entry.record.reason.startswith(WAITS) and vm.is_alive(files):  # its monitor answers when it has the page that it waits for
+        if waits and vm.is_alive(files):
             if entry.vm:
                 await entry.vm.release()
                 entry.vm = None

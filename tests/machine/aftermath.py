@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ramet import disks, locks, process
+from ramet import disks, images, locks, process
 from ramet.engine import Engine
 from ramet.errors import RametError
 from ramet.model import Command, Machine, Snapshot, SnapshotState, State
 from ramet.operations import Entry
 from ramet.paths import StateDir
-from ramet.store import garbage, mounting
+from ramet.store import garbage
 from ramet.vm import capture, disk
 from ramet.vm import machine as vm
 from tests.fixtures import Box
 
 DEADLINE = 240.0
-WATCHES = ("Operations._died", "Operations._layers_died")  # wait for what may never come
+WATCHES = ("Operations._died", "Operations._layers_died", "Fetchwatch._follow", "Fetchwatch._ask")  # wait for what may never come
 ROOT = Path(__file__).parents[2]
 TICKER = "echo $$ > /run/pid; n=0; while :; do n=$((n+1)); echo $n > /run/n.new; mv /run/n.new /run/n; usleep 200000; done"
 GOES_ON = 'kill -0 $(cat /run/pid) || exit 1; a=$(cat /run/n); while [ "$a" = "$(cat /run/n)" ]; do usleep 20000; done; cat /run/n'
@@ -42,7 +42,7 @@ class Nursery:
     @contextlib.asynccontextmanager
     async def open(cls) -> AsyncIterator[Nursery]:
         words = [sys.executable, "-m", "tests.machine.doomed"]
-        async with process.running(words, cwd=ROOT, stdin=asyncio.subprocess.PIPE) as child:
+        async with process.running(words, cwd=ROOT, stdin=asyncio.subprocess.PIPE, env=process.confided()) as child:
             yield cls(child)
 
     async def begin(self, state: StateDir, moment: str, verb: str, **arguments: Any) -> int:
@@ -56,24 +56,25 @@ class Nursery:
         pid = await self.begin(state, moment, verb, **arguments)
         if (line := await self._line("ended ", "done")) != f"ended -{signal.SIGKILL.value}":
             if line == "done":
-                await self._end(pid)
+                await self.end(pid)
             raise AssertionError(f"{verb} did not come to {moment}: {line}")
 
     async def survive(self, state: StateDir, verb: str, **arguments: Any) -> None:
         """Let an engine do something, and kill it when it is idle."""
         pid = await self.begin(state, "never", verb, **arguments)
         await self._line("done")
-        await self._end(pid)
+        await self.end(pid)
 
     async def moments(self, state: StateDir, verb: str, **arguments: Any) -> list[str]:
         """What a good run passes; its engine is killed when it is idle."""
         pid = await self.begin(state, "list", verb, **arguments)
         passed: list[str] = json.loads(await self._line("["))
         await self._line("done")
-        await self._end(pid)
+        await self.end(pid)
         return passed
 
-    async def _end(self, pid: int) -> None:
+    async def end(self, pid: int) -> None:
+        """Kill an engine that is at it, or idle."""
         os.kill(pid, signal.SIGKILL)
         await self._line("ended ")
 
@@ -222,7 +223,7 @@ def _alone(engine: Engine) -> list[str]:
     layers, blobs = _needed(engine)
     wanted: dict[str, tuple[set[str], set[str]]] = {
         "machines": (_names(state.machines), {each for each in ops.entries if state.machine(each).root.exists()}),
-        "snapshots": (_names(state.snapshots), {each.id for each in ops.snapshots.values() if each.memory}),
+        "snapshots": (_names(state.snapshots), set(ops.snapshots)),
         "layers": (_names(state.store.layers), layers),
         "blobs": (_names(state.store.blobs), blobs),
         "processes": (set(running(state)), set(owned(engine))),
@@ -237,12 +238,13 @@ def _names(directory: Path) -> set[str]:
 
 
 def _needed(engine: Engine) -> tuple[set[str], set[str]]:
-    """The layers and blobs that a snapshot or a machine stands on."""
+    """The layers and blobs that a snapshot, a machine or an image stands on."""
     ops = engine._ops
-    keep = {layer for each in ops.snapshots.values() for layer in each.layers}
+    layers = {each.id: each for each in ops.store.layers()}
+    keep = images.layers(ops.state) & set(layers)  # which is only remembered, and perhaps by others who share the images
+    keep |= {layer for each in ops.snapshots.values() for layer in each.layers}
     for entry in ops.entries.values():
         keep |= {entry.record.memory_layer, *disks.layers_of(ops.state.machine(entry.record.id))}
-    layers = {each.id: each for each in ops.store.layers()}
     needed = garbage.needed(layers, keep - {""})
     return needed, {blob.replace(":", "-") for name in needed & set(layers) for blob in layers[name].blobs}
 
@@ -263,8 +265,7 @@ def owned(engine: Engine) -> list[str]:
     state = engine._ops.state
     wanted = {pid for each in engine._ops.entries.values() if each.vm for pid in vm.pids(each.vm.files).values()}
     if locks.is_held(state.store.lock):
-        keeper, workers = mounting.pids(state.store)
-        wanted |= {keeper, *workers}
+        wanted |= {int(line.split()[1]) for line in state.store.pids.read_text().splitlines()}  # the fetcher too, if there is one
     names = {pid: name for name, pid in running(state).items()}
     return [names.get(pid, str(pid)) for pid in wanted]
 

@@ -8,6 +8,7 @@ MOMENT: a name of those below, `never`, or `list` (print the moments passed, as 
   disk:write          before a machine has another overlay
   store:WORDS         a step of the layers' store
   test:WORDS          a step of a snapshot's first start
+  name:PATH           what of the state directory is whole, before it has that name; ID for each id in it; for the verbs of registries only
 VERB and ARGUMENTS (JSON): `create`, `start`, `stop`, `delete` and a spec; or a name of `VERBS` and its arguments; `recover` is doomed from the first moment on.
 
 Without arguments it is a nursery: it reads lines of such words, as JSON, and has a child do each; programs that start anew take a second to import.
@@ -20,6 +21,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -37,6 +39,7 @@ from ramet.paths import MachineDir, StateDir
 from ramet.store.store import Store
 from ramet.vm import disk
 
+_ID = re.compile(r"(sha256-)?[0-9a-f]{12,64}")
 PATIENCE = 30.0  # seconds for what happens in the background
 
 
@@ -105,6 +108,21 @@ def watch(fate: Fate) -> None:
         recorded(name)
 
 
+def watch_names(fate: Fate, root: Path) -> None:
+    """Have every rename within the state directory pass by."""
+
+    def passing(method: Callable[[Path, Any], Path]) -> Callable[[Path, Any], Path]:
+        def named(self: Path, target: Any) -> Path:
+            if Path(target).is_relative_to(root):
+                fate.reach(f"name:{_ID.sub('ID', str(Path(target).relative_to(root)))}")
+            return method(self, target)
+
+        return named
+
+    Path.replace = passing(Path.replace)  # type: ignore[method-assign,assignment]
+    Path.rename = passing(Path.rename)  # type: ignore[method-assign,assignment]
+
+
 async def sealed(engine: Engine) -> None:
     """Wait until what is done to snapshots in the background is done."""
     if worker := engine._forks.sealer._worker:
@@ -148,6 +166,19 @@ async def claim(engine: Engine, name: str, machine: str, pool: int) -> None:
     await parked(engine, pool)
 
 
+async def push(engine: Engine, snapshot: str, reference: str) -> None:
+    await engine.push(snapshot, reference)
+
+
+async def pull(engine: Engine, reference: str, lazy: bool = False) -> None:
+    await engine.pull(reference, lazy=lazy)
+
+
+async def create_from(engine: Engine, name: str, machine: str) -> None:
+    await engine.create_from(name, machine)
+
+
+REGISTRIES: dict[str, Callable[..., Awaitable[Any]]] = {"push": push, "pull": pull, "create_from": create_from}
 VERBS: dict[str, Callable[..., Awaitable[Any]]] = {
     "snapshot": snapshot,
     "fork": fork,
@@ -160,6 +191,7 @@ VERBS: dict[str, Callable[..., Awaitable[Any]]] = {
     "pause": Engine.pause,
     "compact": Engine.compact,
     "delete_snapshot": Engine.delete_snapshot,
+    **REGISTRIES,
 }
 
 
@@ -174,6 +206,8 @@ async def act(engine: Engine, verb: str, arguments: dict[str, Any]) -> None:
 async def main(root: str, moment: str, verb: str, text: str) -> None:
     fate = Fate(moment)
     watch(fate)
+    if verb in REGISTRIES:
+        watch_names(fate, Path(root))
     fate.armed = verb == "recover"
     async with Engine.open(StateDir(root=Path(root))) as engine:
         fate.armed = True

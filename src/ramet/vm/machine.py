@@ -173,8 +173,8 @@ class Vm:
                 os.close(fd)
 
     @classmethod
-    async def adopt(cls, files: MachineDir) -> Vm:
-        """Take over a QEMU that runs already. MachineFailedError, with the reason, when it does not."""
+    async def adopt(cls, files: MachineDir, *, deadline: float = SPAWN_DEADLINE) -> Vm:
+        """Take over a QEMU that runs already. MachineFailedError, with the reason, when it does not, or does not answer within so many seconds."""
         pid = pids(files).get("qemu")
         try:
             fd = os.pidfd_open(pid) if pid else None
@@ -184,7 +184,7 @@ class Vm:
             raise await _obituary(files)
         vm = cls(files, pid, fd)
         try:
-            vm._qmp = await Qmp.connect(files.qmp, deadline=SPAWN_DEADLINE, on_event=vm._event)
+            vm._qmp = await Qmp.connect(files.qmp, deadline=deadline, on_event=vm._event)
         except MachineFailedError as error:
             dead = await vm._dies_within(_CLOSING)  # a QEMU that ends closes its sockets first
             await vm.release()
