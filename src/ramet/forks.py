@@ -118,8 +118,7 @@ class Forks:
 
     async def _warm(self, entry: Entry, found: Snapshot) -> None:
         """A child's first instructions fault on the same pages as those of its elder siblings: 60 faults of 0.4 ms each, one after the other."""
-        with contextlib.suppress(OSError):
-            await self._ops.layers.prefetch(found.memory_layer, entry.touched)
+        await self._ops.layers.prefetch(found.memory_layer, entry.touched)
 
     async def _child(self, found: Snapshot, name: str, gate: asyncio.Semaphore, whole: asyncio.Future[None]) -> Entry | RametError:
         async with gate:

@@ -24,6 +24,8 @@ class Raw:
     `STORE/held`), `crash` (they end the process).
     """
 
+    memory = False
+
     def __init__(self, files: StoreDir, layer_id: str) -> None:
         self._files = files
         self._id = layer_id

@@ -22,7 +22,7 @@ import pytest
 
 from ramet import process, sockets
 from ramet.errors import HostError
-from ramet.paths import StateDir, StoreDir
+from ramet.paths import StoreDir
 from ramet.store import keeper, mounting, tracing, wanting
 from ramet.store.layer import CHUNK, PAGE, Kind, Layer
 from ramet.store.mounting import ImageFs
@@ -36,13 +36,6 @@ SIZE = 8 << 20
 DEADLINE = 60.0
 PARKED = 80  # reads that wait at once: more than the kernel would have under way for all files together before
 libc = ctypes.CDLL(None, use_errno=True)
-
-
-@pytest.fixture
-def files(state: StateDir) -> StoreDir:
-    if reason := mounting.usable():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    return state.store
 
 
 @pytest.fixture
@@ -205,8 +198,8 @@ async def test_reads_that_wait_do_not_hold_up_others(served: ImageFs, files: Sto
 
 async def test_read_ahead_that_waits_does_not_hold_up_others(served: ImageFs, files: StoreDir) -> None:
     """In the background the kernel sends only so many at a time, over all files."""
-    far, data = make(files, 1)
-    near, others = make(files, 2)
+    far, data = make(files, 1, Kind.DISK)
+    near, others = make(files, 2, Kind.DISK)
     give_away(files, far)
     say(files, "hold")
     await served.prefetch(far.id, [(0, SIZE)])
@@ -215,6 +208,32 @@ async def test_read_ahead_that_waits_does_not_hold_up_others(served: ImageFs, fi
     assert await asyncio.to_thread(piece, files.served(near.id), 0, SIZE) == others
     say(files, "")
     assert await asyncio.to_thread(piece, files.served(far.id), 0, SIZE) == data
+
+
+async def test_a_page_of_a_memory_waits_for_its_own_chunk_only(served: ImageFs, files: StoreDir) -> None:
+    """The kernel reads 128 KiB around a fault."""
+    made, data = make(files, 1)
+    give_away(files, made)
+    here = range(0, SIZE // CHUNK, 2)
+
+    def touch(offset: int) -> bytes:
+        with open(files.served(made.id), "r+b") as file, mmap.mmap(file.fileno(), SIZE, flags=mmap.MAP_PRIVATE) as memory:
+            return memory[offset : offset + 1]
+
+    for number in here:
+        assert await asyncio.to_thread(touch, number * CHUNK) == data[number * CHUNK : number * CHUNK + 1]
+    assert len(wanted(files)) == len(here), "each chunk was asked for, and none beside it"
+    say(files, "hold")
+    for number in here:
+        for page in range(16):
+            offset = number * CHUNK + page * PAGE
+            assert await asyncio.wait_for(asyncio.to_thread(touch, offset), DEADLINE) == data[offset : offset + 1]
+    assert len(wanted(files)) == len(here) and mounting.faults(files) == []
+    beside = Waiting(files.served(made.id), [CHUNK])
+    await until(lambda: len(wanted(files)) > len(here), "it waits")
+    assert beside.found == {}
+    say(files, "")
+    assert await beside.all() == {CHUNK: data[CHUNK : CHUNK + PAGE]}
 
 
 @pytest.mark.parametrize("served", ["", "no-clones"], indirect=True)
@@ -328,7 +347,7 @@ async def test_a_signal_that_kills_nobody_fails_no_read(
 
 
 async def test_damage_of_what_can_be_fetched_heals(served: ImageFs, files: StoreDir) -> None:
-    made, data = make(files, 1)
+    made, data = make(files, 1, Kind.DISK)
     [digest] = give_away(files, made)
     assert await asyncio.to_thread(piece, files.served(made.id), 0, SIZE) == data
     with open(files.blob(digest), "r+b") as file:

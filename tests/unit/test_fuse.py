@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.errors import LayerError
+from ramet.errors import AbsentError, LayerError
 from ramet.paths import StateDir, StoreDir
 from ramet.store import fuse, imagefs, mounting
 from ramet.store.fuse import Opcode
@@ -32,8 +32,9 @@ BODIES = {
 
 
 class Source:
-    """A layer in memory, which can be made to fail."""
+    """A layer, which can be made to fail."""
 
+    memory = False
     opened = 0
     closed = 0
     failure: Exception | None = None
@@ -164,6 +165,34 @@ def test_whatever_fails_is_one_line_and_is_tried_again(files: StoreDir, failure:
     assert Source.closed == 1
     Source.failure = None
     assert ask(system, Opcode.READ, BODIES[Opcode.READ]) == CONTENT[:4096]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_read_around_a_page_of_a_memory_is_refused_when_some_is_not_here(
+    files: StoreDir, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """Never what may be one folio: the kernel asks for that once, and an error would reach the guest."""
+    publish(files)
+    monkeypatch.setattr(Source, "memory", True)
+    monkeypatch.setattr(imagefs, "_LARGE_FOLIOS", large)
+    system = FileSystem(files, Source)
+
+    def read(offset: int, size: int) -> str:
+        try:
+            return "read" if ask(system, Opcode.READ, fuse.READ_IN.pack(0, offset, size, 0, 0, 0, 0)) else "nothing"
+        except AbsentError:
+            return "parked"
+        except BlockingIOError:
+            return "refused"
+
+    assert read(0, 3 * 4096) == "read"
+    Source.failure = AbsentError("it is in a registry")
+    assert read(4096, 4096) == "parked"
+    assert [read(0, 3 * 4096), read(4096, 8192)] == ["refused", "refused"]
+    assert read(8192, 8192) == ("parked" if large else "refused")
+    monkeypatch.setattr(Source, "memory", False)
+    assert read(0, 3 * 4096) == "parked"
+    assert not files.faults.exists()
 
 
 def test_faults_do_not_fill_the_disk(files: StoreDir) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramet.store.remote import Want
-from ramet.store.schedule import FIRST, GAP, LONGEST, SLOTS, SPAN, Rank, Readers, Request, Schedule, backoff
+from ramet.store.schedule import FIRST, GAP, LONGEST, SLOTS, SPAN, Around, Rank, Readers, Request, Schedule, backoff
 
 FRAME = 40 << 10
 
@@ -43,6 +43,19 @@ def test_a_gap_that_is_too_large_is_not_fetched_along() -> None:
     far = Want(blob="a", offset=FRAME + GAP + 10 + GAP + 1, length=10, mark=b"f")
     schedule.add([frame(0), near, far], Rank.FOREGROUND)
     assert following(schedule).frames == (frame(0), near)
+
+
+def test_what_a_guest_waits_for_comes_with_a_little_of_what_is_read_ahead() -> None:
+    schedule = Schedule()
+    schedule.add(frames(0, 40), Rank.AHEAD)
+    schedule.add([frame(20)], Rank.FOREGROUND)
+    request = following(schedule)
+    assert request.rank is Rank.FOREGROUND
+    assert frame(20) in request.frames
+    assert request.frames == tuple(frames(20, 20 + Around.MOST // FRAME))
+    assert [each for found in (following(schedule), following(schedule)) for each in found.frames] == [*frames(0, 20), *frames(26, 40)]
+    schedule.add(frames(100, 140), Rank.FOREGROUND)
+    assert following(schedule).frames == tuple(frames(100, 140)), "what guests wait for is not cut"
 
 
 def test_guests_come_first_and_the_background_last_and_alone() -> None:
@@ -186,3 +199,15 @@ def test_two_who_read_at_one_time_are_both_noticed() -> None:
     found = [readers.touch(base + at, base + at + FRAME) for at in range(0, 50 * FRAME, FRAME) for base in (0, far)]
     assert any(each and each[0] < far for each in found)
     assert any(each and each[0] >= far for each in found)
+
+
+def test_more_is_fetched_around_where_it_takes_less_time_than_to_ask_again() -> None:
+    def after(delay: float, rate: float) -> int:
+        around = Around()
+        for _ in range(20):
+            around.measured(delay, around.length / rate)
+        return around.length
+
+    assert after(0.05, 100e6) == Around.MOST
+    assert after(0.001, 1e6) == Around.LEAST
+    assert Around.LEAST < after(0.01, 12.5e6) < Around.MOST

@@ -91,11 +91,11 @@ def asked(connection: socket.socket, count: int) -> list[dict[str, Any]]:
 def test_a_want_is_asked_for_and_answered(bed: Bed) -> None:
     line = bed.line()
     assert line.fileno() == -1
-    number = line.want(ID, wants(2), memory=True)
+    number = line.want(ID, wants(2), memory=True, at=65536)
     fetcher = bed.accept()
     [question] = asked(fetcher, 1)
     frames = [[BLOB, 0, 1000, "00" * 16], [BLOB, 65536, 1000, "00" * 16]]
-    assert question == {"id": number, "op": "want", "head": ID, "memory": True, "frames": frames}
+    assert question == {"id": number, "op": "want", "head": ID, "memory": True, "at": 65536, "frames": frames}
     second = line.want(ID, wants(), memory=False)
     for piece in (f'{{"id": {second}, "ok"', ': true}\n{"id": 99, "ok": true}\n{"id":', f' {number}, "ok": true}}\n'):
         fetcher.sendall(piece.encode())

@@ -1,4 +1,5 @@
-"""`python -P -m ramet.bench.bucket HOST:PORT`: a line to a TCP server that is as fast as it is told to be, where the kernel's `tc` is not to be had.
+"""`python -P -m ramet.bench.bucket HOST:PORT SECONDS`: a line to a TCP server that is as fast as it is told to be, where the kernel's `tc` is not to be had,
+and as far away as a question and its answer take so many seconds more.
 
 Prints the port that it listens on. Then a line of stdin is a question, and a line of stdout its answer: `rate N` (bits a second each way; 0: any), `received`
 (bytes that came from the server so far).
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 _BURST = 0.01  # seconds of silence that are made up for
 _PIECE = 64 << 10
+_FLYING = 1024  # pieces that are on their way at most
 
 
 class Bucket:
@@ -32,10 +34,11 @@ class Bucket:
 
 
 class Line:
-    """received: bytes that came from the server so far."""
+    """received: bytes that came from the server so far. latency: seconds that they are on their way."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, latency: float = 0.0) -> None:
         self.received = 0
+        self.latency = latency
         self._place = (host, port)
         self._up, self._down = Bucket(), Bucket()
 
@@ -57,17 +60,34 @@ class Line:
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, bucket: Bucket) -> None:
         loop = asyncio.get_running_loop()
-        while data := await source.read(_PIECE):
-            if (delay := bucket.delay(len(data), loop.time())) > 0:
-                await asyncio.sleep(delay)
-            self.received += len(data) if bucket is self._down else 0
-            sink.write(data)
-            await sink.drain()
-        sink.write_eof()
+        flying: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_FLYING)
+
+        async def land() -> None:
+            while True:
+                due, data = await flying.get()
+                if (left := due - loop.time()) > 0:
+                    await asyncio.sleep(left)
+                if not data:
+                    return sink.write_eof()
+                sink.write(data)
+                await sink.drain()
+
+        landing = asyncio.ensure_future(land())
+        try:
+            data = b"."
+            while data:
+                data = await source.read(_PIECE)
+                if (delay := bucket.delay(len(data), loop.time())) > 0:
+                    await asyncio.sleep(delay)
+                self.received += len(data) if bucket is self._down else 0
+                await flying.put((loop.time() + (self.latency if bucket is self._down else 0.0), data))
+            await landing
+        finally:
+            landing.cancel()
 
 
-async def _serve(host: str, port: int) -> None:
-    line = Line(host, port)
+async def _serve(host: str, port: int, latency: float) -> None:
+    line = Line(host, port, latency)
     server = await asyncio.start_server(line.carry, "127.0.0.1", 0)
     questions = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(questions), sys.stdin)
@@ -87,7 +107,7 @@ def _say(number: int) -> None:
 def main(argv: Sequence[str]) -> int:
     host, _, port = argv[0].rpartition(":")
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(host, int(port)))
+        asyncio.run(_serve(host, int(port), float(argv[1])))
     return 0
 
 

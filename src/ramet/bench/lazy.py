@@ -19,6 +19,7 @@ from ramet.bench import bed, bulk, link, members
 from ramet.bench.bed import Bed
 from ramet.bench.figures import Figure, Report, at_least, limit
 from ramet.bench.link import Link
+from ramet.errors import SpecError
 from ramet.model import Spec
 from ramet.paths import StoreDir
 from ramet.store import garbage, remote, stock
@@ -39,6 +40,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--link", choices=link.KINDS, default="auto", help="what makes the line slow (default: tc as root, else a token bucket)"
+    )
+    parser.add_argument(
+        "--latency",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="the registry is so many milliseconds away, there and back, by the token bucket (default: on this host)",
     )
     parser.add_argument(
         "--only",
@@ -375,13 +383,15 @@ def _tell(text: str) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> Report:
+    if arguments.latency and arguments.link == "tc":
+        raise SpecError("--latency needs the token bucket: tc's netem is not in every kernel", hint="Leave out --link tc.")
     others = bed.Others(())
     await asyncio.sleep(_SAMPLE)
     busy = bed.idleness(others.share())
     large = arguments.large or (arguments.image if arguments.quick else "")
     size = _QUICK if arguments.quick else _FULL
     with tempfile.TemporaryDirectory(prefix="ramet-bench-hosts-") as scratch:
-        async with link.opened(arguments.link) as line:
+        async with link.opened(arguments.link, arguments.latency / 1000) as line:
             measured = Run(link=line, image=arguments.image, large=large, size=size, scratch=Path(scratch))
             for part in arguments.only or PARTS:
                 await PARTS[part](measured)

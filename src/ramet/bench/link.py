@@ -43,21 +43,21 @@ class Link(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def opened(kind: str = "auto") -> AsyncIterator[Link]:
-    """An empty registry behind a line. kind: of KINDS. HostError: it cannot be had here."""
+async def opened(kind: str = "auto", latency: float = 0.0) -> AsyncIterator[Link]:
+    """An empty registry behind a line. kind: of KINDS; latency: seconds that its answers take longer, by a bucket only. HostError: it cannot be had here."""
     if not process.find("docker-registry"):
         raise HostError("the program docker-registry is not installed", hint=_HINT)
     with tempfile.TemporaryDirectory(prefix="ramet-bench-registry-") as directory:
         async with contextlib.AsyncExitStack() as stack:
-            if kind == "tc" or (kind == "auto" and os.geteuid() == 0 and process.find("tc") and process.find("ip")):
+            if kind == "tc" or (kind == "auto" and not latency and os.geteuid() == 0 and process.find("tc") and process.find("ip")):
                 try:
                     link: Link = await stack.enter_async_context(_behind_tc(Path(directory)))
                 except HostError:
                     if kind == "tc":
                         raise
-                    link = await stack.enter_async_context(_behind_bucket(Path(directory)))
+                    link = await stack.enter_async_context(_behind_bucket(Path(directory), latency))
             else:
-                link = await stack.enter_async_context(_behind_bucket(Path(directory)))
+                link = await stack.enter_async_context(_behind_bucket(Path(directory), latency))
             with _allowed(link.address, Path(directory)):
                 yield link
 
@@ -153,9 +153,10 @@ async def _behind_tc(directory: Path) -> AsyncIterator[Link]:
 class _Tap:
     """The bucket's process."""
 
-    def __init__(self, bucket: Process, port: int) -> None:
+    def __init__(self, bucket: Process, port: int, latency: float) -> None:
         self.address = f"127.0.0.1:{port}"
-        self.words = "loopback behind a token bucket in a process of its own (no tc here)"
+        far = f", whose answers come {latency * 1000:g} ms late" if latency else ""
+        self.words = f"loopback behind a token bucket in a process of its own{far}"
         self._bucket = bucket
 
     async def shape(self, rate: int) -> None:
@@ -172,17 +173,17 @@ class _Tap:
 
 
 @contextlib.asynccontextmanager
-async def _behind_bucket(directory: Path) -> AsyncIterator[Link]:
+async def _behind_bucket(directory: Path, latency: float) -> AsyncIterator[Link]:
     command = userns.dying("docker-registry", "serve", str(_settings(directory, "127.0.0.1:0")))
     async with process.running(command) as registry, _listening(registry) as address:
-        tap = userns.dying(sys.executable, "-P", "-m", "ramet.bench.bucket", address)
+        tap = userns.dying(sys.executable, "-P", "-m", "ramet.bench.bucket", address, f"{latency}")
         async with process.running(tap, stdin=PIPE) as bucket:
             assert bucket.stdout
             async with asyncio.timeout(_DEADLINE):
                 line = await bucket.stdout.readline()
             if not line.strip().isdigit():
                 raise HostError(f"the token bucket did not start: {line.decode(errors='replace').strip()}")
-            yield _Tap(bucket, int(line))
+            yield _Tap(bucket, int(line), latency)
 
 
 # The registry

@@ -21,9 +21,11 @@ from ramet.store.layer import Layer
 from ramet.store.remote import Remote, Want
 from ramet.store.schedule import SPAN, Rank, Readers
 from ramet.store.stock import Table
+from ramet.store.warming import Warmer
 
 _SIDES = 3  # blobs at one time, so that one that is being verified does not hold up the line
 _TABLES = 64  # blobs whose frames are remembered for reading ahead
+_PART = 64  # chunks of a trace that are in the page cache together
 _GROUP = 2 * SPAN[Rank.BRING]
 AGAIN = 60.0  # seconds until the background tries again what it could not have
 
@@ -50,15 +52,20 @@ class Bringer:
         self._look = asyncio.Event()
         self._looking = False
         self.to_go = 0
+        self.warmer = Warmer(files, errands.start)
 
-    def read(self, head: str, frames: Sequence[Want]) -> None:
-        """A guest reads frames of a layer, in order: if it reads on and on, what follows is fetched."""
+    def read(self, head: str, frames: Sequence[Want], *, memory: bool = False) -> None:
+        """A guest reads frames of a layer, in order: if it reads on and on, what follows is fetched; of a memory, what lies around."""
         for frame in frames:
             found = self._read.setdefault(frame.blob, _Read())
             self._read.move_to_end(frame.blob)
             if len(self._read) > _TABLES:
                 self._read.popitem(last=False)
-            if ahead := found.readers.touch(frame.offset, frame.offset + frame.length):
+            ahead = found.readers.touch(frame.offset, frame.offset + frame.length)
+            if memory and not ahead:
+                half = self._errands.around.length // 2
+                ahead = frame.offset - half, frame.offset + frame.length + half
+            if ahead:
                 found.table = found.table or asyncio.ensure_future(asyncio.to_thread(self._table, head, frame.blob))
                 self._errands.start(self._ahead(found.table, *ahead))
 
@@ -144,12 +151,27 @@ class Bringer:
             await self._errands.fetch(table.between(begin, end), Rank.AHEAD, patience=0)
 
     async def _trace(self, name: str) -> None:
+        async def one(part: Sequence[int], frames: list[Want]) -> None:
+            await self._errands.fetch(frames, Rank.TRACE)
+            if memory:
+                self.warmer.warm(name, part)
+
         try:
-            await self._errands.fetch(await asyncio.to_thread(self._traced, name), Rank.TRACE)
+            memory, parts = await asyncio.to_thread(self._parts, name)
+            await asyncio.gather(*(one(part, frames) for part, frames in parts))
         except RametError as error:
             say(f"the trace of layer {name}: {error.message}")
         finally:
             self._tracing.discard(name)
+
+    def _parts(self, name: str) -> tuple[bool, list[tuple[list[int], list[Want]]]]:
+        """Whether a layer is a memory, and its trace in parts: chunks, and their frames that are not here."""
+        if not (chunks := tracing.load(self._files, name)):
+            return False, []
+        parts = [chunks[at : at + _PART] for at in range(0, len(chunks), _PART)]
+        with Chain.open(self._files, name) as chain:
+            found = [(part, self._errands.missing(chain.traced(part))) for part in parts]
+            return chain.memory, [(part, frames) for part, frames in found if frames]
 
     def _traced(self, name: str) -> list[Want]:
         """The frames that a layer's trace names, in order; those that a start touches once more only once."""

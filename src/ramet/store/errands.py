@@ -18,7 +18,7 @@ from ramet.store import stock
 from ramet.store.fetching import Notice, Waiting
 from ramet.store.keeper import say
 from ramet.store.remote import Want
-from ramet.store.schedule import Rank, Request, Schedule, backoff
+from ramet.store.schedule import Around, Rank, Request, Schedule, backoff
 from ramet.store.supply import Place, Supply
 from ramet.watch import uncut
 
@@ -79,6 +79,7 @@ class Errands:
         self.requests = 0
         self.heard: Callable[[Notice], None] = lambda notice: None
         self.foreground: dict[Errand, None] = {}
+        self.around = Around()
         self._files = files
         self._supply = supply
         self._deadline = deadline
@@ -111,8 +112,8 @@ class Errands:
         frames = dict.fromkeys(frames)
         missing = list(frames)
         if len(frames) > _MANY:
-            missing = await asyncio.to_thread(self._missing, frames)
-        missing = self._missing(missing)  # without an await between this and the errand, or some would be fetched twice
+            missing = await asyncio.to_thread(self.missing, frames)
+        missing = self.missing(missing)  # without an await between this and the errand, or some would be fetched twice
         if tell and len(missing) < len(frames):
             tell(sum(frame.length for frame in frames) - sum(frame.length for frame in missing))
         if not missing:
@@ -173,7 +174,8 @@ class Errands:
         """Seconds that the background is still to wait, if nothing else happens; 0 when it may go on."""
         return SILENCE if self.foreground else max(0.0, self._urgent_at + self._calm - self._loop.time())
 
-    def _missing(self, frames: Iterable[Want]) -> list[Want]:
+    def missing(self, frames: Iterable[Want]) -> list[Want]:
+        """Those that are not here; any thread."""
         fds: dict[str, int] = {}
         found = []
         try:
@@ -272,12 +274,14 @@ class Errands:
         length = max(frame.offset + frame.length for frame in frames) - base
         came = bytearray()
         at = 0
+        began, first = self._loop.time(), 0.0
         fd = os.open(self._files.blob(request.blob), os.O_WRONLY | os.O_CLOEXEC)
         try:
             self.requests += 1
             async with contextlib.aclosing(place.stream(request.blob, base, length)) as pieces:
                 while at < len(frames):
                     came += await self._piece(place, pieces, request)
+                    first = first or self._loop.time()
                     stop = at
                     while stop < len(frames) and frames[stop].offset + frames[stop].length - base <= len(came):
                         stop += 1
@@ -293,6 +297,8 @@ class Errands:
                         await anext(pieces, b"")  # the answer's end, without which the connection could not be used again
         finally:
             os.close(fd)
+        if request.rank is Rank.FOREGROUND:
+            self.around.measured(first - began, self._loop.time() - first)
         if wrong := next(iter(request.left), None):
             place.blame()
             raise LayerError(f"{place.name} has other bytes in blob {request.blob} at {wrong.offset} than it should")

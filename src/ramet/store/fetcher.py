@@ -6,8 +6,9 @@ waits asks its successor again.
 PROTOCOL. JSON, one object a line, over the Unix socket that the keeper made. A question has an `id` and an `op`; any number at one time. Whoever
 closes the connection gives up what it asked for. All answers have the question's id; the last one has `ok` or `error` (as the API sends it).
 
-want        head: the layer that is read, memory: whether it is a memory, frames: [[blob, offset, length, mark in hex], …]. A guest waits. For a memory
-            there is no error but for a question that makes no sense: it is tried for ever. For others after RAMET_FETCH_DEADLINE seconds.
+want        head: the layer that is read, at: where in its file, memory: whether it is a memory, frames: [[blob, offset, length, mark in hex], …]. A guest
+            waits. For a memory there is no error but for a question that makes no sense: it is tried for ever. For others after RAMET_FETCH_DEADLINE
+            seconds.
 bring       layers: fetch all that reading them takes; {done, total} in bytes now and then.
 trace       layers: fetch what starts from them touched; answered at once.
 background  look for what is to be fetched in the background; answered at once.
@@ -42,6 +43,7 @@ from ramet.store.errands import DEADLINE, Errands, notice
 from ramet.store.fetching import LINE, Notice, Status
 from ramet.store.index import MARK
 from ramet.store.keeper import say
+from ramet.store.layer import CHUNK
 from ramet.store.remote import Want
 from ramet.store.schedule import Rank
 from ramet.store.stock import LONGEST
@@ -132,11 +134,13 @@ class Connection:
 
     async def _want(self, number: int, question: Question) -> None:
         frames = [_frame(*each) for each in question["frames"]]
-        head = _layer(question["head"])
-        self._fetcher.bringer.read(head, frames)
-        patience = float("inf") if question["memory"] else None
+        head, memory = _layer(question["head"]), bool(question["memory"])
+        self._fetcher.bringer.read(head, frames, memory=memory)
+        patience = float("inf") if memory else None
         await self._fetcher.errands.fetch(frames, Rank.FOREGROUND, head=head, patience=patience)
         self._say(number, ok=True)
+        if memory:
+            self._fetcher.bringer.warmer.warm(head, [int(question["at"]) // CHUNK])
 
     async def _bring(self, number: int, question: Question) -> None:
         loop = asyncio.get_running_loop()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -49,6 +50,7 @@ ROUNDS = 3  # times that what was fetched may be gone again before it is asked f
 FAULTS_LIMIT = 1 << 20  # bytes of faults.log: a guest that touches a damaged page in a loop must not fill the disk
 _ZEROS = memoryview(bytes(bytearray(fuse.MAX_READ)))  # written, once for all workers; bytes(n) alone is not
 _DONE: tuple[Part, ...] = ()
+_LARGE_FOLIOS = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) > (6, 18)  # newer kernels than were looked at
 _SUCCEED = {Opcode.RELEASE, Opcode.FSYNC, Opcode.FLUSH, Opcode.RELEASEDIR, Opcode.FSYNCDIR, Opcode.ACCESS, Opcode.DESTROY}
 _IGNORED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}
 _RESENT = 1 << 63  # FUSE_UNIQUE_RESEND
@@ -109,15 +111,24 @@ class FileSystem:
         raise OSError(errno.ENOSYS, "not of this file system")
 
     def read(self, node: int, offset: int, size: int) -> Sequence[Part]:
-        """Bytes of a file; AbsentError when they must be fetched first; EIO, and a line in faults.log, when they cannot be had."""
+        """Bytes of a file; AbsentError when they must be fetched first; EIO, and a line in faults.log, when they cannot be had.
+
+        EAGAIN for what the kernel reads around a page of a memory: it then asks for that page alone. Around a fault lie 128 KiB, of which a guest that starts
+        needs a quarter: to fetch the rest would take its time, to wait for it would stop a machine whose own page is here, to note it would fill its trace.
+        """
         try:
             source, recorder = self._source(node)
+            around = source.memory and not _is_needed(offset, size)
+            if around and recorder:
+                raise AbsentError("what is noted is read page by page")
             wanted = max(0, min(size, source.size - offset))
             recorder.note(offset, wanted)
             parts = source.read(offset, wanted) if wanted else []
             if (got := sum(map(len, parts))) != wanted:
                 raise LayerError(f"{got} bytes came of {wanted}")
-        except AbsentError:
+        except AbsentError as error:
+            if around:
+                raise OSError(errno.EAGAIN, error.message) from error
             raise
         except Exception as error:
             raise self.failed(node, offset, error) from error
@@ -225,6 +236,12 @@ class FileSystem:
     def _statfs(self, node: int, body: memoryview) -> Sequence[Part]:
         found = os.statvfs(self.files.root)
         return (fuse.statfs(found.f_blocks * found.f_frsize // PAGE),)
+
+
+def _is_needed(offset: int, size: int) -> bool:
+    """Whether all that a READ asks for may be needed, for it may be one folio. Those of FUSE's files are pages; should they be larger one day, they are
+    powers of two that lie at multiples of their size, and one that is refused when it is asked for alone is an error in the guest."""
+    return size <= PAGE or (_LARGE_FOLIOS and not size & (size - 1) and not offset % size)
 
 
 def _layer_id(node: int) -> str:
@@ -363,7 +380,7 @@ class Worker:
         if rounds % (ROUNDS + 1) == ROUNDS:
             self._late.append(parked)
         else:
-            self._parked[self._line.want(_layer_id(node), wants, memory=memory)] = parked
+            self._parked[self._line.want(_layer_id(node), wants, memory=memory, at=offset)] = parked
 
     def _answered(self, parked: Parked, error: RametError | None) -> None:
         if error is None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from ramet import locks, process, sockets
 from ramet.errors import HostError
 from ramet.paths import StoreDir
-from ramet.store import fuse, keeper, wanting
+from ramet.store import fuse, keeper, wanting, warming
 
 START_DEADLINE = 30.0
 END_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
@@ -137,14 +137,7 @@ class ImageFs:
 
     async def prefetch(self, layer_id: str, extents: Iterable[tuple[int, int]]) -> None:
         """Have parts of a file, (offset, length) in bytes, in the page cache soon; returns when the kernel has been asked for them."""
-        ahead = list(extents)
-
-        def ask() -> None:
-            with open(self._files.served(layer_id), "rb") as file:
-                for offset, length in ahead:
-                    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
-
-        await asyncio.to_thread(ask)
+        await asyncio.to_thread(warming.ahead, self._files.served(layer_id), list(extents))
 
     async def touched(self, layer_id: str) -> list[tuple[int, int]]:
         """What of a file is in the page cache, (offset, length) in bytes: as machines that started from it have needed it. Gaps below 64 KiB count with it."""

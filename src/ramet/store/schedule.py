@@ -89,7 +89,7 @@ class Schedule:
             if frames := self._together(rank, now):
                 request = Request(blob=frames[0].blob, frames=frames, rank=rank)
                 for frame in frames:
-                    del self._queues[rank][frame]
+                    self._unqueue(frame, self._wanted[frame])
                     self._flying[frame] = request
                 self._requests.add(request)
                 return request
@@ -141,21 +141,15 @@ class Schedule:
             self._queues[_first(wanted)].pop(frame, None)
 
     def _together(self, rank: Rank, now: float) -> tuple[Want, ...]:
-        """The frame that waited longest, and those of its queue's head that lie around it."""
+        """The frame that waited longest, and those of its queue's head that lie around it; with what a guest waits for, a little of what it may need next."""
         near = list(islice((frame for frame in self._queues[rank] if self._free(frame, now)), HORIZON))
         if not near:
             return ()
-        first = near[0]
-        row = sorted((frame for frame in near if frame.blob == first.blob), key=lambda frame: (frame.offset, frame.length, frame.mark))
-        low = high = row.index(first)
-        begin, end = first.offset, _end(first)
-        while high + 1 < len(row) and row[high + 1].offset - end <= GAP and _end(row[high + 1]) - begin <= SPAN[rank]:
-            high += 1
-            end = max(end, _end(row[high]))
-        while low and begin - _end(row[low - 1]) <= GAP and end - row[low - 1].offset <= SPAN[rank]:
-            low -= 1
-            begin = row[low].offset
-        return tuple(row[low : high + 1])
+        found = _row(near[:1], near, SPAN[rank])
+        if rank is Rank.FOREGROUND:
+            ahead = islice((frame for frame in self._queues[Rank.AHEAD] if self._free(frame, now)), HORIZON)
+            found = _row(found, ahead, Around.MOST)
+        return tuple(found)
 
     def _free(self, frame: Want, now: float) -> bool:
         return not self._held or (self._held.get(frame, 0.0) <= now and self._held.get(frame.blob, 0.0) <= now)
@@ -165,6 +159,23 @@ def backoff(failures: int, chance: float) -> float:
     """Seconds until what failed so often in a row is tried again. chance: 0 … 1, drawn each time, so that those who failed together do not come together."""
     delay: float = min(LONGEST, FIRST * 2 ** min(failures - 1, 16))
     return delay * (0.5 + chance / 2)
+
+
+def _row(found: list[Want], near: Iterable[Want], span: int) -> list[Want]:
+    """Frames of one blob, by offset, and those that lie around them, as long as the row is no longer than so many bytes."""
+    ends = (found[0], found[-1])
+    row = sorted(
+        {*found, *(frame for frame in near if frame.blob == found[0].blob)}, key=lambda frame: (frame.offset, frame.length, frame.mark)
+    )
+    low, high = map(row.index, ends)
+    begin, end = ends[0].offset, max(map(_end, found))
+    while high + 1 < len(row) and row[high + 1].offset - end <= GAP and _end(row[high + 1]) - begin <= span:
+        high += 1
+        end = max(end, _end(row[high]))
+    while low and begin - _end(row[low - 1]) <= GAP and end - row[low - 1].offset <= span:
+        low -= 1
+        begin = row[low].offset
+    return row[low : high + 1]
 
 
 def _first(wanted: int) -> Rank:
@@ -183,6 +194,25 @@ class _Run:
     end: int
     asked: int
     length: int = 0
+
+
+class Around:
+    """How much is fetched around what is read of a memory, whose reads tell little of the next: as long as more of it takes less time than another request.
+
+    length: bytes, before and behind together. A far registry gets few large requests, a slow line no bytes that nobody asked for.
+    """
+
+    LEAST, MOST = 32 << 10, 256 << 10
+
+    def __init__(self) -> None:
+        self.length = self.LEAST
+
+    def measured(self, waited: float, lasted: float) -> None:
+        """A request's seconds until its first bytes came, and from then on until its last."""
+        if lasted > waited:
+            self.length = max(self.LEAST, self.length // 2)
+        elif lasted < waited / 2:
+            self.length = min(self.MOST, self.length * 2)
 
 
 class Readers:

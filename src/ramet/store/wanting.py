@@ -58,10 +58,10 @@ def connect(files: StoreDir) -> socket.socket:
     return line
 
 
-def message(number: int, head: str, wants: Sequence[Want], *, memory: bool) -> bytes:
-    """The line that asks for frames of the layer `head`."""
+def message(number: int, head: str, wants: Sequence[Want], *, memory: bool, at: int = 0) -> bytes:
+    """The line that asks for frames of the layer `head`. at: where in its file they are read."""
     frames = [frame(want) for want in wants]
-    return json.dumps({"id": number, "op": "want", "head": head, "memory": memory, "frames": frames}).encode() + b"\n"
+    return json.dumps({"id": number, "op": "want", "head": head, "memory": memory, "at": at, "frames": frames}).encode() + b"\n"
 
 
 def frame(want: Want) -> list[Any]:
@@ -87,10 +87,10 @@ class Line:
         """-1 while there is no connection."""
         return -1 if self._socket is None else self._socket.fileno()
 
-    def want(self, head: str, wants: Sequence[Want], *, memory: bool) -> int:
-        """Ask for frames; the number that the answer will have."""
+    def want(self, head: str, wants: Sequence[Want], *, memory: bool, at: int = 0) -> int:
+        """Ask for frames, see `message`; the number that the answer will have."""
         self._number += 1
-        text = self._wanted[self._number] = message(self._number, head, wants, memory=memory)
+        text = self._wanted[self._number] = message(self._number, head, wants, memory=memory, at=at)
         if self._socket is None:
             self.tend()
         else:
