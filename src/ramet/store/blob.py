@@ -117,17 +117,30 @@ class Files:
     def read(self, path: str, length: int, offset: int) -> bytes:
         """os.pread, with its errors; fewer bytes at the file's end only."""
         with self._lock:
-            fd = self._fds.get(path)
-            if fd is None:
-                fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if len(self._fds) > self._limit:
-                    os.close(self._fds.popitem(last=False)[1])
-            else:
-                self._fds.move_to_end(path)
+            fd = self._open(path)
             data = os.pread(fd, length, offset)
             while len(data) < length and (more := os.pread(fd, length - len(data), offset + len(data))):
                 data += more
             return data
+
+    def is_hole(self, path: str, offset: int) -> bool:
+        """Whether there is a hole in a file at an offset, or that is behind its end. OSError: it cannot be opened."""
+        with self._lock:
+            fd = self._open(path)
+            try:
+                return os.lseek(fd, offset, os.SEEK_DATA) != offset
+            except OSError:  # ENXIO: nothing but a hole from here on
+                return True
+
+    def _open(self, path: str) -> int:
+        fd = self._fds.get(path)
+        if fd is None:
+            fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._fds) > self._limit:
+                os.close(self._fds.popitem(last=False)[1])
+        else:
+            self._fds.move_to_end(path)
+        return fd
 
     def forget(self, path: str) -> None:
         """Close it; reading it again opens it again."""

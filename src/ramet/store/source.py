@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -127,12 +127,15 @@ class Sealed:
         self._what = f"layer {layer.id}"
         self._blobs = layer.blobs
         self._paths = [str(store.blob(digest)) for digest in layer.blobs]
+        self._remote = [remote.is_remote(store, digest) for digest in layer.blobs]
         self._below = below
 
     def read(self, first: int, end: int, out: Parts) -> None:
-        row, last = self._index.rows(first, end)
-        spans = self._spans(row, last)
-        for row, start, stop in self._rows(first, end):
+        rows = list(self._rows(first, end))
+        if any(self._remote):
+            self._look(rows)
+        spans = self._spans(*self._index.rows(first, end))
+        for row, start, stop in rows:
             if row < 0:
                 self._below.read(start, stop, out)
             else:
@@ -147,14 +150,39 @@ class Sealed:
                 self._below.wants(start, stop, out)
                 continue
             begin = index.chunk[row] * CHUNK_PAGES
-            wanted = False
             for low, high, kind, _ in layout(index.data[row], index.zero[row]):
                 low, high = max(begin + low, start), min(begin + high, stop)
                 if low < high and kind == _NEITHER:
                     self._below.wants(low, high, out)
-                wanted = wanted or (low < high and kind == _DATA)
-            if wanted and index.blob[row] < len(remotes) and remotes[index.blob[row]]:
+            if index.blob[row] < len(remotes) and remotes[index.blob[row]] and self._takes(row, start, stop):
                 out.append(index.want(row, self._blobs))
+
+    def _look(self, rows: Iterable[tuple[int, int, int]]) -> None:
+        """AbsentError when one is sure to be missing, before any is read: a hole that is read fills the page cache with zeros, and what lies before it
+        would be decompressed for nothing."""
+        index = self._index
+        for row, start, stop in rows:
+            if row < 0 or not self._is_remote(which := index.blob[row]) or not self._takes(row, start, stop):
+                continue
+            what = f"{self._what}, chunk {index.chunk[row]}"
+            try:
+                # In the middle, for the blocks at its ends may be data of the frames beside it.
+                hole = blob.files.is_hole(self._paths[which], index.offset[row] + index.length[row] // 2)
+            except OSError:
+                continue  # whoever reads it says why
+            if hole:
+                raise self._absent(row, what, LayerError(f"{what}: its frame is missing"))
+
+    def _is_remote(self, which: int) -> bool:
+        return which < len(self._remote) and self._remote[which]
+
+    def _takes(self, row: int, first: int, end: int) -> bool:
+        """Whether reading these pages of a chunk takes its frame."""
+        index = self._index
+        begin = index.chunk[row] * CHUNK_PAGES
+        return any(
+            kind == _DATA and begin + low < end and begin + high > first for low, high, kind, _ in layout(index.data[row], index.zero[row])
+        )
 
     def _rows(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The pages first … end-1 in order, each stretch with the row that its chunk has in the index; -1 where it has none."""
