@@ -22,11 +22,12 @@ from ramet.errors import ImageError
 from ramet.model import Compatibility, ImageConfig, Snapshot, SnapshotState, Spec
 from ramet.oci import Digest
 from ramet.records import dump
+from ramet.reference import OCI_MANIFEST, sha256
 from ramet.store.layer import CHUNK, Kind
 from ramet.tables import SELF, Strict, Tables, canonical
 
 FORMAT = 1
-MANIFEST = oci.OCI_MANIFEST
+MANIFEST = OCI_MANIFEST
 ARTIFACT = "application/vnd.ramet.snapshot.v1"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 TABLES = "application/vnd.ramet.layer.v1.tar+zstd"
@@ -52,7 +53,7 @@ class Part:
 
     @classmethod
     def of(cls, kind: str, data: bytes) -> Part:
-        return cls(kind=kind, digest=oci.sha256(data), size=len(data))
+        return cls(kind=kind, digest=sha256(data), size=len(data))
 
     def descriptor(self) -> dict[str, Any]:
         return {"mediaType": self.kind, "digest": self.digest, "size": self.size}

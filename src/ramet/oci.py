@@ -12,10 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ramet.errors import ImageError
 from ramet.model import ImageConfig
-from ramet.reference import DIGEST
+from ramet.reference import DIGEST, INDEXES, sha256
 
-INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 PLAIN_LAYER = "application/vnd.oci.image.layer.v1.tar"
 GZIP_LAYER = PLAIN_LAYER + "+gzip"
 ZSTD_LAYER = PLAIN_LAYER + "+zstd"
@@ -69,10 +67,6 @@ def architecture() -> str:
     """This host's, as OCI and Debian name it."""
     machine = platform.machine()
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
-
-
-def sha256(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def read(kind: type[Document], data: str | bytes, what: str) -> Document:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ramet import oci
 from ramet.errors import LayerError
 from ramet.paths import StoreDir
+from ramet.reference import sha256
 from ramet.store import blob, garbage, layer, remote
 from ramet.store.chain import published_owners
 from ramet.store.index import Index, content_length, mark_of, of_layer
@@ -136,7 +136,7 @@ class Packer:
             index=index,
         )
         packed = tables.pack()
-        made = self.sent[name] = Sent(name=oci.sha256(packed), data=packed, blobs=tuple(cargo))
+        made = self.sent[name] = Sent(name=sha256(packed), data=packed, blobs=tuple(cargo))
         return made
 
     def _base(self, record: Layer) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
-from ramet import artifact, images, oci, saving, snapshot, tables
+from ramet import artifact, images, saving, snapshot, tables
 from ramet import reference as references
 from ramet.artifact import Artifact, ImageOrigin, Part
 from ramet.errors import ExistsError, ImageError, LayerError, RametError
@@ -19,6 +19,7 @@ from ramet.model import Image, Snapshot
 from ramet.operations import Operations, log
 from ramet.pushing import Say, together
 from ramet.records import dump
+from ramet.reference import sha256
 from ramet.registry.client import Registry
 from ramet.storage import Transfer
 from ramet.store import admission, chain, garbage, index, remote, tracing
@@ -56,6 +57,7 @@ async def pull(ops: Operations, reference: str, *, lazy: bool, say: Say) -> Tran
     try:
         async with ops.layers_in_use(), Registry.open(source.host) as registry:
             found = await pulling.look(registry)
+            ops.spawn(pulling.get_ready())
             async with ops.collecting:
                 pass  # one that runs now may be about to remove what this would find to be here
             async with _turn(ops, pulling.name):
@@ -106,6 +108,12 @@ class _Pulling:
         config = await self._small(registry, made.config, artifact.DOCUMENT_LIMIT)
         found, image = artifact.read_config(config, self.name)
         return _Found(artifact=made, snapshot=found, image=image, digest=digest, size=len(data))
+
+    async def get_ready(self) -> None:
+        """What serves and fetches chunks starts while the tables come: that takes a quarter of a second in which the line had nothing to do."""
+        with contextlib.suppress(RametError):  # it is said where it is needed
+            await self._ops.use_layers()
+            self._ops.layers.nudge()
 
     async def _small(self, registry: Registry, part: Part, limit: int) -> bytes:
         data = await registry.blob(self._source.path, part.digest, limit)
@@ -226,7 +234,7 @@ class _Pulling:
         base = layers[found.snapshot.disk_layer].base
         value = dump(dataclasses.replace(image, digest="")) | {"base": base}
         made = Image(
-            digest=oci.sha256(tables.canonical(value)),
+            digest=sha256(tables.canonical(value)),
             reference=image.reference,
             config=image.config,
             disk_size=image.disk_size,
@@ -253,13 +261,27 @@ class _Pulling:
     async def fetch(self, made: Snapshot, *, lazy: bool) -> None:
         """Have its chunks come: all now, or in the background."""
         before = await asyncio.to_thread(absent, self._ops, made.layers)
+        if not before:
+            return
+        await self._ops.use_layers()
         if lazy:
             self.later = before
-        if before:
-            await self._ops.use_layers()
-            async with Fetcher.connect(self._files, self._ops.layers.nudge) as fetcher:
-                await (fetcher.background() if lazy else fetcher.bring(made.layers, self._fetched))
-        self.moved += max(0, before - await asyncio.to_thread(absent, self._ops, made.layers)) if not lazy else 0
+            self._ops.spawn(self._background())
+        else:
+            async with self._fetcher() as fetcher:
+                await fetcher.bring(made.layers, self._fetched)
+            self.moved += max(0, before - await asyncio.to_thread(absent, self._ops, made.layers))
+
+    async def _background(self) -> None:
+        """Nobody waits for it: a machine that is made from the snapshot starts meanwhile."""
+        try:
+            async with self._fetcher() as fetcher:
+                await fetcher.background()
+        except RametError as error:
+            log.warning("what %s lacks is only fetched when it is read: %s", self.name, error.message)
+
+    def _fetcher(self) -> contextlib.AbstractAsyncContextManager[Fetcher]:
+        return Fetcher.connect(self._files, self._ops.layers.nudge)
 
     def _fetched(self, done: int, total: int) -> None:
         self._say("fetching the snapshot", done / total if total else None)

@@ -16,7 +16,7 @@ from pathlib import Path
 from ramet import oci, process, userns
 from ramet.errors import CommandError, HostError, ImageError, NoSpaceError
 from ramet.model import ImageConfig
-from ramet.reference import Local, Registry
+from ramet.reference import OCI_MANIFEST, Local, Registry, sha256
 from ramet.watch import Progress, watched, written
 
 INSPECT_DEADLINE = 60.0
@@ -75,7 +75,7 @@ async def find(source: Registry | Local) -> Found:
     if isinstance(source, Local):
         _exists(source)
     raw = await _raw(source, source.transport)
-    origin = oci.sha256(raw.encode())
+    origin = sha256(raw.encode())
     if isinstance(source, Registry) and source.digest and origin != source.digest:
         raise ImageError(f"{what}: digest mismatch: the registry answers with a manifest of digest {origin}")
     chosen = oci.choose(raw, what)
@@ -159,7 +159,7 @@ def _verify(layout: Path, found: Found, expected: oci.Manifest | None, what: str
     got, wanted = [layer.digest for layer in manifest.layers], [layer.digest for layer in expected.layers] if expected else None
     if wanted is not None and got != wanted:
         raise ImageError(f"{what}: the layers that came are not those of its manifest")
-    native = expected.mediaType == oci.OCI_MANIFEST if expected else found.digest != found.origin
+    native = expected.mediaType == OCI_MANIFEST if expected else found.digest != found.origin
     if native and descriptor.digest != found.digest:
         raise ImageError(
             f"{what}: digest mismatch: {descriptor.digest} came instead of {found.digest}", hint="It may have changed meanwhile: try again."

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ramet import oci
 from ramet.errors import ImageError, RametError
 from ramet.oci import Digest
-from ramet.reference import DIGEST
+from ramet.reference import DIGEST, sha256
 from ramet.store.index import Index
 from ramet.store.layer import CHUNK, MAX_PAGES, PAGE, Kind, Layer
 from ramet.store.runs import Owners
@@ -104,7 +104,7 @@ class Tables:
             beneath=tuple(map(local_id, self.beneath)),
             sealed=True,
             blobs=self.blobs,
-            index_digest=oci.sha256(index),
+            index_digest=sha256(index),
             data_bytes=self.data,
             zero_bytes=self.zero,
             stored_bytes=sum(frames(self.index).values()) + len(index),

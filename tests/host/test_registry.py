@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ramet import oci
 from ramet.errors import HostError, ImageError
+from ramet.reference import OCI_MANIFEST
 from ramet.registry import credentials, upload
 from ramet.registry.client import Registry
 from ramet.registry.config import Config, Mirror, Rule
@@ -63,9 +63,7 @@ def manifest(config: bytes, *layers: bytes) -> bytes:
     def named(content: bytes) -> dict[str, object]:
         return {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest_of(content), "size": len(content)}
 
-    return json.dumps(
-        {"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": named(config), "layers": [*map(named, layers)]}
-    ).encode()
+    return json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": named(config), "layers": [*map(named, layers)]}).encode()
 
 
 async def test_what_is_written_can_be_read(registry: Server) -> None:
@@ -77,8 +75,8 @@ async def test_what_is_written_can_be_read(registry: Server) -> None:
             assert await client.blob("acme/shop", digest, len(content)) == content
             assert registry.blob(digest).read_bytes() == content
         document = manifest(config, layer)
-        digest = await client.put_manifest("acme/shop", "v1.0", document, oci.OCI_MANIFEST)
-        assert await client.put_manifest("acme/shop", digest, document, oci.OCI_MANIFEST) == digest
+        digest = await client.put_manifest("acme/shop", "v1.0", document, OCI_MANIFEST)
+        assert await client.put_manifest("acme/shop", digest, document, OCI_MANIFEST) == digest
         assert await client.manifest("acme/shop", "v1.0") == await client.manifest("acme/shop", digest) == (digest, document)
     inspect = ["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{registry.address}/acme/shop:v1.0"]
     read = await asyncio.to_thread(subprocess.run, inspect, check=True, capture_output=True, timeout=DEADLINE)
@@ -133,7 +131,7 @@ async def test_what_is_not_there_is_named(registry: Server) -> None:
             with pytest.raises(ImageError, match=rf"{registry.address}/acme/none.*not there"):
                 await ask
         with pytest.raises(ImageError, match="cannot be written"):
-            await client.put_manifest("acme/none", "v1", manifest(b"not uploaded"), oci.OCI_MANIFEST)
+            await client.put_manifest("acme/none", "v1", manifest(b"not uploaded"), OCI_MANIFEST)
 
 
 @pytest.mark.parametrize("path", ["", "..", "a/../b", "A", "a//b", "/a", "a?x=", "a%2f", "a" * 256])
@@ -429,7 +427,7 @@ async def test_mirrors_are_read_from_and_the_registry_itself_is_written_to(regis
     async with Registry.open(mirror.address, config=CONFIG) as client:
         digest = await put(client, "copies/acme/shop", b"content")
         await put(client, "copies/acme/shop", b"{}")
-        named = await client.put_manifest("copies/acme/shop", "v1", manifest(b"{}"), oci.OCI_MANIFEST)
+        named = await client.put_manifest("copies/acme/shop", "v1", manifest(b"{}"), OCI_MANIFEST)
     mirrors = tuple(Mirror(location=place) for place in ("127.0.0.1:1", f"{empty.address}/nothing", f"{mirror.address}/copies"))
     config = Config(rules=(Rule(prefix=own.address, location=own.address, mirrors=mirrors),))
     async with Registry.open(own.address, config=config) as client:

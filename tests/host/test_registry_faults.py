@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ramet import oci
 from ramet.errors import HostError, ImageError, RametError
+from ramet.reference import OCI_MANIFEST
 from ramet.registry import line, upload
 from ramet.registry.client import Registry
 from ramet.registry.config import Config, Mirror, Rule
@@ -130,7 +130,7 @@ async def test_a_manifest_is_what_its_digest_says() -> None:
             await client.manifest("x", DIGEST)
         said["docker-content-digest"] = DIGEST
         with pytest.raises(ImageError, match="digest mismatch"):
-            await client.put_manifest("x", "v1", b"{}", oci.OCI_MANIFEST)
+            await client.put_manifest("x", "v1", b"{}", OCI_MANIFEST)
 
 
 async def test_a_size_that_is_none() -> None:

@@ -15,10 +15,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramet import artifact, oci, tables
+from ramet import artifact, tables
 from ramet.artifact import Artifact, ImageOrigin, Part
 from ramet.errors import ImageError, RametError, SpecError
 from ramet.model import Accelerator, Compatibility, Drive, ImageConfig, Snapshot, SnapshotState, Spec
+from ramet.reference import sha256
 from ramet.store import index, layer
 from ramet.store.layer import PAGE, Kind
 from ramet.store.runs import Owners
@@ -106,7 +107,7 @@ WRONG: list[dict[str, Any]] = [
 
 def test_tables_that_are_right() -> None:
     data = plain().pack()
-    assert tables.unpack(data, oci.sha256(data)).pack() == data
+    assert tables.unpack(data, sha256(data)).pack() == data
     assert plain().pack() == data
 
 
@@ -121,7 +122,7 @@ def test_tables_that_cannot_be(changes: dict[str, Any]) -> None:
         value |= {key: list(each) if isinstance(each, tuple) else each for key, each in changes.items()}
         data = written({"layer.json": json.dumps(value).encode()}, good)
     with pytest.raises(ImageError):
-        tables.unpack(data, oci.sha256(data))
+        tables.unpack(data, sha256(data))
 
 
 def members(data: bytes) -> dict[str, bytes]:
@@ -168,7 +169,7 @@ def test_archives_that_are_not_ours() -> None:
     ]
     for data in bombs:
         with pytest.raises(ImageError):
-            tables.unpack(data, oci.sha256(data))
+            tables.unpack(data, sha256(data))
     with pytest.raises(ImageError, match="at most"):
         tables.decompress(huge, 1 << 20, "it")
 
@@ -181,7 +182,7 @@ def test_a_flipped_byte_is_refused_or_harmless(at: int, flip: int, member: str) 
     content[at % len(content)] ^= flip
     data = written({member: bytes(content)}, good)
     try:
-        found = tables.unpack(data, oci.sha256(data))
+        found = tables.unpack(data, sha256(data))
     except ImageError:
         return
     assert member == "layer.json"  # the others have digests of their own

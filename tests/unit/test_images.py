@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ramet import debian, locks, oci, skopeo, tree, userns
 from ramet.errors import CommandError, HostError, ImageError, NoSpaceError
 from ramet.model import ImageConfig
-from ramet.reference import Debian, Local, Registry, parse
+from ramet.reference import Debian, Local, Registry, parse, sha256
 
 SHA = "sha256:" + "a" * 64
 
@@ -214,7 +214,7 @@ def test_hostile_manifests_are_image_errors(value: Any) -> None:
 
 
 def test_verify_finds_every_damage(tmp_path: Path) -> None:
-    good = oci.Descriptor(digest=oci.sha256(b"hello"), size=5)
+    good = oci.Descriptor(digest=sha256(b"hello"), size=5)
     path = oci.blob(tmp_path, good)
     path.parent.mkdir(parents=True)
     with pytest.raises(ImageError, match="missing"):

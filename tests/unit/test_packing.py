@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from ramet import oci, packing, tables
+from ramet import packing, tables
 from ramet.errors import LayerError
 from ramet.paths import StateDir
+from ramet.reference import sha256
 from ramet.store import admission, index, remote
 from ramet.store.chain import Chain
 from ramet.store.layer import PAGE, Kind
@@ -61,7 +62,7 @@ def admitted(packer: packing.Packer, root: Path) -> Store:
         admission.admit(store, found.record(sent.name), found.owners, found.index, sizes, SOURCE)
         for cargo in sent.blobs:
             content = cargo.read(0, cargo.size)
-            assert oci.sha256(content) == cargo.digest
+            assert sha256(content) == cargo.digest
             state.store.blob(cargo.digest).write_bytes(content)
     return store
 

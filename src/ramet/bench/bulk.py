@@ -14,6 +14,7 @@ from typing import Any
 from ramet import debian, locks, oci, process, userns
 from ramet.errors import HostError
 from ramet.paths import cache_dir
+from ramet.reference import OCI_MANIFEST, sha256
 
 SUITE = "bookworm"
 PACKAGES = ("build-essential", "default-jdk-headless", "ghc", "golang-go", "rustc")  # the fewest that take so much
@@ -71,7 +72,7 @@ def _layout(tar: Path, root: Path) -> None:
     def put(kind: str, document: dict[str, Any]) -> dict[str, Any]:
         data = json.dumps(document).encode()
         (blobs / hashlib.sha256(data).hexdigest()).write_bytes(data)
-        return {"mediaType": kind, "digest": oci.sha256(data), "size": len(data)}
+        return {"mediaType": kind, "digest": sha256(data), "size": len(data)}
 
     env = [f"{name}={value}" for name, value in debian.CONFIG.env.items()]
     config = put(
@@ -83,7 +84,7 @@ def _layout(tar: Path, root: Path) -> None:
             "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
         },
     )
-    manifest = put(oci.OCI_MANIFEST, {"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": config, "layers": [layer]})
+    manifest = put(OCI_MANIFEST, {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": [layer]})
     named = manifest | {"annotations": {"org.opencontainers.image.ref.name": _TAG}}
     (root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [named]}))
     (root / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')

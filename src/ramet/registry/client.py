@@ -12,9 +12,8 @@ from urllib.parse import quote
 
 import httpx2
 
-from ramet import oci
 from ramet.errors import HostError, ImageError
-from ramet.reference import DIGEST, PATH, TAG
+from ramet.reference import DIGEST, INDEXES, OCI_MANIFEST, PATH, TAG, sha256
 from ramet.registry import upload
 from ramet.registry.config import HOST, Config, Endpoint
 from ramet.registry.line import Line, body, pulls, pushes
@@ -25,7 +24,7 @@ MANIFEST = 4 << 20  # bytes: the least that registries must take, and the most t
 STRANGER = 10.0  # seconds for which a registry is tried that was not heard of yet
 SHUNNED = 30.0  # seconds for which a mirror that failed is not asked
 SKIP = 1 << 20  # bytes read for nothing where a server gives the whole instead of a range
-_ACCEPT = ", ".join((oci.OCI_MANIFEST, *oci.INDEXES, "application/vnd.docker.distribution.manifest.v2+json"))
+_ACCEPT = ", ".join((OCI_MANIFEST, *INDEXES, "application/vnd.docker.distribution.manifest.v2+json"))
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(?:\d{1,18}|\*)")
 T = TypeVar("T")
 
@@ -78,7 +77,7 @@ class Registry:
                     raise await line.refused(response, what)
                 data = await line.document(response, MANIFEST)
                 said = reference if named else response.headers.get("docker-content-digest", "")
-            digest = oci.sha256(data)
+            digest = sha256(data)
             if said.startswith("sha256:") and said != digest:
                 raise ImageError(
                     f"{what}: digest mismatch: what came has the digest {digest}", hint="Try again; if it stays, push it again."
@@ -96,7 +95,7 @@ class Registry:
                 if response.status_code != 200:
                     raise await line.refused(response, what)
                 data = await line.document(response, limit)
-            if await asyncio.to_thread(oci.sha256, data) != digest:
+            if await asyncio.to_thread(sha256, data) != digest:
                 raise ImageError(
                     f"{what}: digest mismatch: what came is not what its digest names", hint="Try again; if it stays, push it again."
                 )
@@ -165,7 +164,7 @@ class Registry:
 
     async def put_manifest(self, path: str, reference: str, data: bytes, media_type: str) -> str:
         """Publish a document under a tag or its digest; returns the digest."""
-        digest = oci.sha256(data)
+        digest = sha256(data)
         if reference != digest and not TAG.fullmatch(reference):
             raise ImageError(f"registry {self.host}: {reference!r} is neither a tag nor the document's digest")
         what = f"{_what(self.host, path, reference)} cannot be written"
