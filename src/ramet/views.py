@@ -12,7 +12,7 @@ from ramet.errors import RametError
 from ramet.model import Machine, Snapshot, State, Usage
 from ramet.operations import Operations
 from ramet.storage import LayerInfo
-from ramet.store import remote
+from ramet.store import garbage, remote
 from ramet.store.layer import Layer
 
 _INTERNAL = frozenset({"initialised", "source_id", "snapshot_id", "memory_layer", "pool"})
@@ -59,6 +59,9 @@ def layers(ops: Operations, found: Iterable[Layer]) -> list[LayerInfo]:
         for each in list(ops.entries.values())
     }
     users |= {each.title: set(each.layers) for each in list(ops.snapshots.values())}
+    records = garbage.Records(ops.store.files)
+    for used in users.values():  # a disk's layers stand on their base, which no disk names
+        used |= {records[each].base_layer for each in used if each in records}
     return [_layer(ops, each, users) for each in found]
 
 
