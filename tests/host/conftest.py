@@ -114,12 +114,12 @@ def tokens(tmp_path: Path) -> Iterator[Tokens]:
 def registries(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
     """Starts registries on free ports of loopback. credentials (`user:password`): ask for them. tls: with a certificate that nobody trusts.
 
-    tokens: ask for tokens of that server.
+    tokens: ask for tokens of that server. clients: a certificate that those who come must have.
     """
     need("docker-registry", "skopeo")
     started: list[subprocess.Popen[str]] = []
 
-    def start(*, credentials: str = "", tls: bool = False, tokens: Tokens | None = None) -> Registry:
+    def start(*, credentials: str = "", tls: bool = False, tokens: Tokens | None = None, clients: Path | None = None) -> Registry:
         root = tmp_path / f"registry{len(started)}"
         root.mkdir()
         config: dict[str, Any] = {
@@ -139,7 +139,7 @@ def registries(tmp_path: Path) -> Iterator[Callable[..., Registry]]:
         certificate = Path()
         if tls:
             key, certificate = certified(root)
-            config["http"]["tls"] = {"key": str(key), "certificate": str(certificate)}
+            config["http"]["tls"] = {"key": str(key), "certificate": str(certificate)} | ({"clientcas": [str(clients)]} if clients else {})
         file = root / "config.yml"
         file.write_text(json.dumps(config))  # JSON is YAML
         process = subprocess.Popen(["docker-registry", "serve", str(file)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from ramet.errors import ImageError
 from ramet.paths import StoreDir
 from ramet.registry.client import Registry as Client
 from ramet.store import mounting, remote
@@ -22,7 +24,7 @@ from ramet.store.mounting import ImageFs
 from ramet.store.remote import Source
 from ramet.store.schedule import GAP, Around
 
-from .conftest import Registry
+from .conftest import Registry, certified
 from .fakeblobs import DEADLINE, frames, layer, lend, same, store
 
 PATH = "acme/shop"
@@ -44,25 +46,36 @@ class Bed:
         return next((int(pid) for role, pid, _ in lines if role == "fetcher"), 0)
 
 
-@pytest.fixture
-async def bed(tmp_path: Path, registries: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bed]:
+@contextlib.asynccontextmanager
+async def lent(place: Path, source: str) -> AsyncIterator[Bed]:
+    """A layer here whose blob is in a registry only, if it is there. source: the registry's address."""
     if reason := mounting.usable():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    registry = registries(credentials="me:secret")
-    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(registry.login(tmp_path / "login")))
-    monkeypatch.setenv("RAMET_FETCH_RATE", "0")
-    one, other = store(tmp_path / "there"), store(tmp_path / "here")
+    one, other = store(place / "there"), store(place / "here")
     record = layer(one, 200)
-    data = one.files.blob(record.blobs[0]).read_bytes()
-    async with Client.open(registry.address) as client:
-        await client.upload(PATH, record.blobs[0], len(data), lambda at, length: data[at : at + length], lambda done: None)
-    lend(one.files, other.files, [record], Source(host=registry.address, path=PATH))
+    lend(one.files, other.files, [record], Source(host=source, path=PATH))
     fs = ImageFs(other.files)
     await fs.ensure()
     try:
         yield Bed(one.files, other.files, record, fs)
     finally:
         await fs.stop()
+
+
+async def upload(bed: Bed, address: str, path: str = PATH) -> None:
+    data = bed.there.blob(bed.record.blobs[0]).read_bytes()
+    async with Client.open(address) as client:
+        await client.upload(path, bed.record.blobs[0], len(data), lambda at, length: data[at : at + length], lambda done: None)
+
+
+@pytest.fixture
+async def bed(tmp_path: Path, registries: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bed]:
+    registry = registries(credentials="me:secret")
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(registry.login(tmp_path / "login")))
+    monkeypatch.setenv("RAMET_FETCH_RATE", "0")
+    async with lent(tmp_path, registry.address) as made:
+        await upload(made, registry.address)
+        yield made
 
 
 def _digest(path: Path) -> str:
@@ -116,3 +129,44 @@ async def test_what_was_brought_is_read_without_the_registry(bed: Bed) -> None:
     assert found
     assert found.whole
     assert fetched == found.size
+
+
+async def test_the_fetcher_has_certificates_and_mirrors(
+    tmp_path: Path, registries: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the user's directory of certificates and registries.conf say: a registry that wants to know who comes, of which there is a mirror."""
+    (me := tmp_path / "me").mkdir()
+    key, certificate = certified(me)
+    mirror, own = registries(), registries(tls=True, clients=certificate)
+    settings = tmp_path / "config" / "containers"
+    certs = settings / "certs.d" / own.address
+    certs.mkdir(parents=True)
+    shutil.copy(own.certificate, certs / "ca.crt")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    with pytest.raises(ImageError, match="it wants a certificate from those who come"):
+        async with Client.open(own.address, deadline=0) as client:
+            await client.has(PATH, "sha256:" + 64 * "0")
+    shutil.copy(certificate, certs / "me.cert")
+    shutil.copy(key, certs / "me.key")
+    (settings / "registries.conf").write_text(
+        f'[[registry]]\nlocation = "{own.address}"\n[[registry.mirror]]\nlocation = "{mirror.address}/copies"\n'
+    )
+    monkeypatch.delenv("CONTAINERS_REGISTRIES_CONF", raising=False)
+    monkeypatch.setenv("RAMET_FETCH_RATE", "0")
+
+    async def page(bed: Bed, chunk: int) -> bytes:
+        def read() -> bytes:
+            with open(bed.served, "rb") as file:
+                return os.pread(file.fileno(), 4096, chunk * CHUNK)
+
+        return await asyncio.wait_for(asyncio.to_thread(read), DEADLINE)
+
+    async with lent(tmp_path, own.address) as bed:
+        await upload(bed, own.address)
+        assert (await page(bed, 3))[:2048] != bytes(2048)  # the mirror has nothing
+        wants = frames(bed.here, bed.record)
+        assert same(bed.there, bed.here, wants[3:4])
+        await upload(bed, mirror.address, f"copies/{PATH}")
+        own.blob(bed.record.blobs[0]).unlink()
+        await page(bed, 150)
+        assert same(bed.there, bed.here, wants[150:151])

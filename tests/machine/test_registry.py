@@ -97,7 +97,9 @@ async def test_only_the_disk(engine: Engine, shop: Box, elsewhere: Engine, regis
     await elsewhere.create_from(name, "twin")
     twin = Box(elsewhere, "twin")
     assert await twin.text("cat /srv/word; echo $IMAGE") == "first\ntiny"
-    bases = {each.id for each in elsewhere._ops.store.layers() if not each.base} & {each.id for each in await elsewhere.layers() if each.used_by}
+    bases = {each.id for each in elsewhere._ops.store.layers() if not each.base} & {
+        each.id for each in await elsewhere.layers() if each.used_by
+    }
     assert bases, "what the image's disk was is used by the machine whose disk stands on it"
     found = await elsewhere.get_snapshot(name)
     layer = found.disk_layer

@@ -26,6 +26,8 @@ CONNECT, SILENCE = 10.0, 30.0  # seconds
 ANSWER = 90.0  # seconds for the head of an answer to a request without a body, beyond the silence that is allowed
 SLOWEST = 1024  # bytes in a second: a body that comes slower is given up
 REDIRECTS = 5
+# OpenSSL's names for the alerts of a server that wants another certificate of its client, or any (RFC 8446, 6.2).
+_NAMELESS = ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_HANDSHAKE_FAILURE", "TLSV1_ALERT_UNKNOWN_CA")
 MOVED = 60.0  # seconds for which a redirect of a blob is remembered; signed addresses last for minutes
 WAIT = 60.0  # seconds: the longest Retry-After that is believed
 _DOCUMENT = 1 << 20  # bytes of a token or an error
@@ -301,7 +303,13 @@ class Line:
             raise ImageError(
                 f"registry {self.host}: it says what cannot be followed: {_clean(str(error))}", details={"registry": self.host}
             ) from error
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, ssl.SSLError) as error:  # TLS's alerts come after the greeting, and httpx passes them on as they are
+            if (refusal := _tls(error)) and refusal.reason in _NAMELESS:
+                raise ImageError(
+                    f"registry {self.host}: it wants a certificate from those who come",
+                    hint=f"Put yours into /etc/containers/certs.d/{self.host}/ as NAME.cert and NAME.key.",
+                    details={"registry": self.host},
+                ) from error
             raise self.failed(f"registry {self.host}: the connection broke: {_clean(str(error)) or type(error).__name__}") from error
 
     def failed(self, message: str, *, status: int = 0, retry_after: float = 0.0) -> HostError:
@@ -313,17 +321,15 @@ class Line:
         )
 
     def _unreachable(self, error: BaseException) -> HostError | ImageError:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ssl.SSLError):
-            cause = cause.__cause__ or cause.__context__
-        self._distrusted = self._distrusted or isinstance(cause, ssl.SSLError)
+        cause = _tls(error)
+        self._distrusted = self._distrusted or cause is not None
         if isinstance(cause, ssl.SSLCertVerificationError):
             return ImageError(
                 f"registry {self.host}: its certificate does not verify: {cause.verify_message}",
                 hint=f"Put its authority's certificate into /etc/containers/certs.d/{self.host}/ca.crt.",
                 details={"registry": self.host},
             )
-        if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        if cause and cause.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
             return ImageError(
                 f"registry {self.host}: it speaks no TLS",
                 hint="Only registries on this host may do without, and those that registries.conf calls insecure.",
@@ -361,6 +367,14 @@ def retry_after(value: str) -> float:
     with contextlib.suppress(ValueError, OverflowError):
         return min(max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time()), WAIT)
     return 0.0
+
+
+def _tls(error: BaseException) -> ssl.SSLError | None:
+    """What TLS said about it, if it did."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 def _client(context: ssl.SSLContext | None) -> httpx2.AsyncClient:

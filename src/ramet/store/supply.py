@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
@@ -77,7 +78,7 @@ class Peer:
                     length -= len(piece)
                     if piece:
                         yield piece
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, ssl.SSLError) as error:
             self.blame()
             raise HostError(f"{self.name} failed: {str(error) or type(error).__name__}") from error
         if not length:
