@@ -57,7 +57,8 @@ async def pull(ops: Operations, reference: str, *, lazy: bool, say: Say) -> Tran
     try:
         async with ops.layers_in_use(), Registry.open(source.host) as registry:
             found = await pulling.look(registry)
-            ops.spawn(pulling.get_ready())
+            with contextlib.suppress(RametError):  # nothing serves layers yet, or it is said where it is needed
+                ops.layers.nudge()  # the fetcher starts while the tables come
             async with ops.collecting:
                 pass  # one that runs now may be about to remove what this would find to be here
             async with _turn(ops, pulling.name):
@@ -108,12 +109,6 @@ class _Pulling:
         config = await self._small(registry, made.config, artifact.DOCUMENT_LIMIT)
         found, image = artifact.read_config(config, self.name)
         return _Found(artifact=made, snapshot=found, image=image, digest=digest, size=len(data))
-
-    async def get_ready(self) -> None:
-        """What serves and fetches chunks starts while the tables come: that takes a quarter of a second in which the line had nothing to do."""
-        with contextlib.suppress(RametError):  # it is said where it is needed
-            await self._ops.use_layers()
-            self._ops.layers.nudge()
 
     async def _small(self, registry: Registry, part: Part, limit: int) -> bytes:
         data = await registry.blob(self._source.path, part.digest, limit)
