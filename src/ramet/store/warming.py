@@ -6,24 +6,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ramet.paths import StoreDir
 from ramet.store.layer import CHUNK
 
 
-class Starter(Protocol):
-    """Runs something in the background."""
-
-    def __call__(self, work: Coroutine[Any, Any, None], /) -> object: ...
-
-
 class Warmer:
-    """One for a fetcher."""
+    """One for a fetcher. start: runs something in the background."""
 
-    def __init__(self, files: StoreDir, start: Starter) -> None:
+    def __init__(self, files: StoreDir, start: Callable[[Coroutine[Any, Any, None]], object]) -> None:
         self._files = files
         self._start = start
         self._chunks: dict[str, dict[int, None]] = {}
