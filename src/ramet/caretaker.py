@@ -164,7 +164,8 @@ class Caretaker:
         except TimeoutError:
             self._tell(entry.record.id, f"{entry.record.name} did not do in {_CARING:.0f} s what it was asked")
         except RametError as error:
-            self._tell(entry.record.id, f"{entry.record.name} gives nothing back: {error.message}")
+            if entry.record.state is State.RUNNING and not entry.operation:  # else it is ended, and of course its guest answers no more
+                self._tell(entry.record.id, f"{entry.record.name} gives nothing back: {error.message}")
         except Exception as error:
             self._tell(entry.record.id, f"{entry.record.name} gives nothing back: {error!r}", error)
 
