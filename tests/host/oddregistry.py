@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
@@ -106,24 +106,32 @@ class Odd:
 
 
 @contextlib.asynccontextmanager
-async def odd(script: Script, context: ssl.SSLContext | None = None) -> AsyncIterator[Odd]:
-    """Serve on loopback, with TLS where there is a context."""
-    made = Odd(script)
-    serving: set[asyncio.Task[None]] = set()
+async def serving(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], context: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """Have each connection to an address of loopback served, with TLS where there is a context; those that are left are given up."""
+    tasks: set[asyncio.Task[None]] = set()
 
     async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task
-        serving.add(task)
+        tasks.add(task)
         with contextlib.suppress(asyncio.CancelledError):
-            await made.serve(reader, writer)
+            await serve(reader, writer)
 
     server = await asyncio.start_server(accepted, "127.0.0.1", 0, ssl=context)
-    made.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
-        yield made
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
-        for task in serving:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def odd(script: Script, context: ssl.SSLContext | None = None) -> AsyncIterator[Odd]:
+    """Serve on loopback, with TLS where there is a context."""
+    made = Odd(script)
+    async with serving(made.serve, context) as made.address:
+        yield made

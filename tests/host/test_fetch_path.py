@@ -41,6 +41,15 @@ class Bed:
     def served(self) -> Path:
         return self.here.served(self.record.id)
 
+    async def page(self, offset: int) -> bytes:
+        """As a guest reads it."""
+
+        def read() -> bytes:
+            with open(self.served, "rb") as file:
+                return os.pread(file.fileno(), 4096, offset)
+
+        return await asyncio.wait_for(asyncio.to_thread(read), DEADLINE)
+
     def fetcher(self) -> int:
         lines = [line.split() for line in self.here.pids.read_text().splitlines()]
         return next((int(pid) for role, pid, _ in lines if role == "fetcher"), 0)
@@ -84,11 +93,7 @@ def _digest(path: Path) -> str:
 
 
 async def test_what_a_guest_reads_comes_and_little_more(bed: Bed) -> None:
-    def read() -> bytes:
-        with open(bed.served, "rb") as file:
-            return os.pread(file.fileno(), 4096, 50 * CHUNK + 5 * 4096)
-
-    page = await asyncio.wait_for(asyncio.to_thread(read), DEADLINE)
+    page = await bed.page(50 * CHUNK + 5 * 4096)
     assert page[:2048] != bytes(2048)
     assert page[2048:] == bytes(2048)
     wants = frames(bed.here, bed.record)
@@ -154,19 +159,12 @@ async def test_the_fetcher_has_certificates_and_mirrors(
     monkeypatch.delenv("CONTAINERS_REGISTRIES_CONF", raising=False)
     monkeypatch.setenv("RAMET_FETCH_RATE", "0")
 
-    async def page(bed: Bed, chunk: int) -> bytes:
-        def read() -> bytes:
-            with open(bed.served, "rb") as file:
-                return os.pread(file.fileno(), 4096, chunk * CHUNK)
-
-        return await asyncio.wait_for(asyncio.to_thread(read), DEADLINE)
-
     async with lent(tmp_path, own.address) as bed:
         await upload(bed, own.address)
-        assert (await page(bed, 3))[:2048] != bytes(2048)  # the mirror has nothing
+        assert (await bed.page(3 * CHUNK))[:2048] != bytes(2048)  # the mirror has nothing
         wants = frames(bed.here, bed.record)
         assert same(bed.there, bed.here, wants[3:4])
         await upload(bed, mirror.address, f"copies/{PATH}")
         own.blob(bed.record.blobs[0]).unlink()
-        await page(bed, 150)
+        await bed.page(150 * CHUNK)
         assert same(bed.there, bed.here, wants[150:151])

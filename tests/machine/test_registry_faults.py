@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import json
 import re
 import shutil
@@ -23,6 +22,7 @@ from ramet.registry.upload import PIECE
 from ramet.store import remote
 from tests.fixtures import Artifacts, Box, States
 from tests.host.conftest import Registry, registries
+from tests.host.oddregistry import serving
 from tests.leaks import Scratch
 from tests.machine.aftermath import Nursery, Trouble, busy, goes_on, settled, sound, swept, went_on
 from tests.machine.test_build import RAMET, built, definition
@@ -140,29 +140,6 @@ class Front:
                     raise ConnectionResetError
 
 
-@contextlib.asynccontextmanager
-async def fronted(registry: Registry) -> AsyncIterator[Front]:
-    made = Front(registry)
-    serving: set[asyncio.Task[None]] = set()
-
-    async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        serving.add(task)
-        with contextlib.suppress(asyncio.CancelledError):
-            await made.serve(reader, writer)
-
-    server = await asyncio.start_server(accepted, "127.0.0.1", 0)
-    made.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
-        yield made
-    finally:
-        server.close()
-        for task in serving:
-            task.cancel()
-        await asyncio.gather(*serving, return_exceptions=True)
-
-
 @dataclass(frozen=True)
 class Shop:
     """A machine that counts, and a snapshot of it that has its memory."""
@@ -211,7 +188,8 @@ async def shop(artifacts: Artifacts, scratch: Scratch, tmp_path_factory: pytest.
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def front(registries: Callable[..., Registry]) -> AsyncIterator[Front]:
-    async with fronted(registries()) as made:
+    made = Front(registries())
+    async with serving(made.serve) as made.address:
         yield made
 
 

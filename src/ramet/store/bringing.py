@@ -128,7 +128,8 @@ class Bringer:
         digests = {each.digest for each in blobs}
         for record in records:
             with contextlib.suppress(RametError):  # it fails below again
-                frames = [each for each in await asyncio.to_thread(self._traced, record.id) if each.blob in digests]
+                _, parts = await asyncio.to_thread(self._traced, record.id)
+                frames = [each for _, part in parts for each in part if each.blob in digests]
                 await self._errands.fetch(frames, Rank.BACKGROUND, patience=0, tell=self._came)
         for each in blobs:
             if await asyncio.to_thread(stock.is_cramped, self._files.blobs):
@@ -157,29 +158,21 @@ class Bringer:
                 self.warmer.warm(name, part)
 
         try:
-            memory, parts = await asyncio.to_thread(self._parts, name)
-            await asyncio.gather(*(one(part, frames) for part, frames in parts))
+            memory, parts = await asyncio.to_thread(self._traced, name)
+            lacking = await asyncio.to_thread(lambda: [(part, left) for part, frames in parts if (left := self._errands.missing(frames))])
+            await asyncio.gather(*(one(part, left) for part, left in lacking))
         except RametError as error:
             say(f"the trace of layer {name}: {error.message}")
         finally:
             self._tracing.discard(name)
 
-    def _parts(self, name: str) -> tuple[bool, list[tuple[list[int], list[Want]]]]:
-        """Whether a layer is a memory, and its trace in parts: chunks, and their frames that are not here."""
+    def _traced(self, name: str) -> tuple[bool, list[tuple[list[int], list[Want]]]]:
+        """Whether a layer is a memory, and its trace in parts: chunks, and the frames that they take, in order."""
         if not (chunks := tracing.load(self._files, name)):
             return False, []
         parts = [chunks[at : at + _PART] for at in range(0, len(chunks), _PART)]
         with Chain.open(self._files, name) as chain:
-            found = [(part, self._errands.missing(chain.traced(part))) for part in parts]
-            return chain.memory, [(part, frames) for part, frames in found if frames]
-
-    def _traced(self, name: str) -> list[Want]:
-        """The frames that a layer's trace names, in order; those that a start touches once more only once."""
-        chunks = tracing.load(self._files, name)
-        if not chunks:
-            return []
-        with Chain.open(self._files, name) as chain:
-            return chain.traced(chunks)
+            return chain.memory, [(part, chain.traced(part)) for part in parts]
 
     async def _whole(self, found: Remote, records: Sequence[Layer], rank: Rank, came: Callable[[int], None]) -> None:
         """Have all of a blob here, and verify it as a whole. Nobody gives up chunks of it meanwhile. LayerError when that fails though each frame is right."""
