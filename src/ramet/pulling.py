@@ -163,7 +163,7 @@ class _Pulling:
             self._say("fetching the tables", done / len(parts))
             return found
 
-        found = await together(map(one, parts), _AT_ONCE)
+        found = await together(one, parts, _AT_ONCE)
         return {part.digest: each for part, each in zip(parts, found, strict=True)}
 
     def _known(self, digest: str) -> Tables | None:

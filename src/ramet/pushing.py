@@ -30,6 +30,7 @@ from ramet.store.sealing import Progress
 from ramet.store.store import Store
 from ramet.watch import uncut
 
+S = TypeVar("S")
 T = TypeVar("T")
 Say = Callable[[str, float | None], None]  # what is done now, and how much of it: 0 to 1, or None
 
@@ -92,7 +93,7 @@ async def _again(
         return None  # removed since
     if traced and not made.of(artifact.TRACE):
         return None
-    there = await together((registry.has(target.path, part.digest) for part in (made.config, *made.parts)), _ASKED)
+    there = await together(lambda part: registry.has(target.path, part.digest), (made.config, *made.parts), _ASKED)
     return None if None in there else (made, manifest)
 
 
@@ -129,17 +130,17 @@ def _image(state: StateDir, found: Snapshot) -> ImageOrigin:
     return ImageOrigin(digest=image.digest, reference=image.reference, config=image.config, disk_size=image.disk_size)
 
 
-async def together(works: Iterable[Awaitable[T]], limit: int) -> list[T]:
-    """The results of all, so many at a time; the first error ends the others."""
+async def together(work: Callable[[S], Awaitable[T]], items: Iterable[S], limit: int) -> list[T]:
+    """What the work gives for each, so many at a time; the first error ends the others."""
     gate = asyncio.Semaphore(limit)
 
-    async def one(work: Awaitable[T]) -> T:
+    async def one(item: S) -> T:
         async with gate:
-            return await work
+            return await work(item)
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(work)) for work in works]
+            tasks = [group.create_task(one(item)) for item in items]
     except BaseExceptionGroup as failed:
         raise failed.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -305,11 +306,11 @@ class _Sending:
         """Have all of it there."""
         wanted = {part.digest: each for part, each in cargo}
         self._say("asking what is there", None)
-        missing = [each for each in await together(map(self._lacks, wanted.values()), _ASKED) if each]
+        missing = [each for each in await together(self._lacks, wanted.values(), _ASKED) if each]
         await self._bring(missing)
         self._total = sum(each.size for each in missing)
         self._tell()
-        await together(map(self._upload, missing), AT_ONCE)
+        await together(self._upload, missing, AT_ONCE)
 
     async def _lacks(self, each: Cargo) -> Cargo | None:
         """Itself when it must be sent."""

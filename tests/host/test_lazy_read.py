@@ -211,29 +211,35 @@ async def test_read_ahead_that_waits_does_not_hold_up_others(served: ImageFs, fi
 
 
 async def test_a_page_of_a_memory_waits_for_its_own_chunk_only(served: ImageFs, files: StoreDir) -> None:
-    """The kernel reads 128 KiB around a fault."""
+    """The kernel reads 128 KiB around a fault. Where it lost all but one page of that meanwhile it asks for one, which looks like a fault: seldom."""
     made, data = make(files, 1)
     give_away(files, made)
-    here = range(0, SIZE // CHUNK, 2)
+    here = range(0, SIZE // CHUNK // 2, 2)
+    seldom = len(here) * 3 // 2  # all that lies around would be twice as many
 
     def touch(offset: int) -> bytes:
         with open(files.served(made.id), "r+b") as file, mmap.mmap(file.fileno(), SIZE, flags=mmap.MAP_PRIVATE) as memory:
             return memory[offset : offset + 1]
 
+    def frames() -> int:
+        return sum(int(line[3]) for line in wanted(files))
+
     for number in here:
         assert await asyncio.to_thread(touch, number * CHUNK) == data[number * CHUNK : number * CHUNK + 1]
-    assert len(wanted(files)) == len(here), "each chunk was asked for, and none beside it"
+    assert len(here) <= frames() < seldom, "each chunk was asked for, and none beside it"
     say(files, "hold")
     for number in here:
         for page in range(16):
             offset = number * CHUNK + page * PAGE
             assert await asyncio.wait_for(asyncio.to_thread(touch, offset), DEADLINE) == data[offset : offset + 1]
-    assert len(wanted(files)) == len(here) and mounting.faults(files) == []
-    beside = Waiting(files.served(made.id), [CHUNK])
-    await until(lambda: len(wanted(files)) > len(here), "it waits")
-    assert beside.found == {}
+    before = frames()
+    assert before < seldom and mounting.faults(files) == []
+    last = SIZE - CHUNK
+    elsewhere = Waiting(files.served(made.id), [last])
+    await until(lambda: frames() > before, "it waits")
+    assert elsewhere.found == {}
     say(files, "")
-    assert await beside.all() == {CHUNK: data[CHUNK : CHUNK + PAGE]}
+    assert await elsewhere.all() == {last: data[last : last + PAGE]}
 
 
 @pytest.mark.parametrize("served", ["", "no-clones"], indirect=True)
