@@ -112,10 +112,10 @@ class Caretaker:
         live = [each for each in self._ops.entries.values() if each.vm and each.record.state in (State.RUNNING, State.PAUSED)]
         self._forget({each.record.id for each in live})
         if not live:
-            self._trouble = None
+            self._trouble, self._forks.scarce = None, False
             return
         if self._sample and not (self._acting and not self._acting.done()):
-            self._help(self._sample(), [self._look(each) for each in live if not each.record.pool])
+            self._help(self._sample(), [self._look(each) for each in live])
         for each in live:
             if each.record.state is State.RUNNING and not each.operation and each.record.id not in self._caring:
                 self._care(each)
@@ -141,7 +141,9 @@ class Caretaker:
         if busy or cpu >= self._limits.working or pid != machine.pid:
             entry.last_used = now
         left = busy or entry.record.id in self._unable
-        return MachineSample(id=entry.record.id, state=entry.record.state, last_used=entry.last_used, busy=left, cpu=cpu)
+        return MachineSample(
+            id=entry.record.id, state=entry.record.state, last_used=entry.last_used, busy=left, cpu=cpu, parked=bool(entry.record.pool)
+        )
 
     def _busy(self, entry: Entry) -> bool:
         """Whether something is being done to it, or somebody is connected to it. What we ask of it ourselves does not count."""
@@ -186,6 +188,7 @@ class Caretaker:
             what = "runs low on" if decision.trouble else "has enough"
             log.warning("the host %s memory: %s of %s is available", what, format_size(now.available), format_size(now.total))
         self._trouble = decision.trouble
+        self._forks.scarce = bool(decision.trouble)
         asked = {each.machine for each in decision.actions if each.kind is Kind.RECLAIM}
         self._eager = self._eager | asked if decision.trouble else set()
         self._unable = self._unable if decision.trouble else set()
@@ -211,6 +214,9 @@ class Caretaker:
 
     async def _take(self, entry: Entry, kind: Kind) -> None:
         name, used = entry.record.name, entry.last_used
+        if kind is Kind.END:
+            await self._forks.give_up(entry)
+            return
         log.warning("%s: %s, for the host runs low on memory and nobody uses it", name, kind)
         if kind is Kind.PAUSE:
             await self._forks.pause(entry, reason=f"paused, for the host ran low on memory; `ramet resume {name}` lets it go on")

@@ -45,7 +45,11 @@ def in_use(ops: Operations) -> frozenset[str]:
         record, files = entry.record, ops.state.machine(entry.record.id)
         if entry.vm or entry.operation or locks.is_held(files.lock):
             points = [point for name in (record.snapshot_id, record.source_id, record.pool) if (point := ops.snapshots.get(name))]
-            found |= {record.memory_layer, *disks.layers_of(files), *(layer for point in points for layer in point.layers)}
+            found |= {
+                *(each.memory_layer for each in entry.records),
+                *disks.layers_of(files),
+                *(layer for point in points for layer in point.layers),
+            }
     for each in list(ops.snapshots.values()):
         if each.state is SnapshotState.TESTING:
             found |= set(each.layers)

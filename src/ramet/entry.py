@@ -22,10 +22,13 @@ _NEED_NO_MEMORY = frozenset({Operation.STOP, Operation.DELETE, Operation.RESTORE
 
 @dataclass(eq=False)
 class Entry:
-    """One machine. last_used: when somebody last used it; monotonic seconds. waiting: for what of its memory, which a registry has and does not give."""
+    """One machine. last_used: when somebody last used it; monotonic seconds. waiting: for what of its memory, which a registry has and does not give.
+    was: while it is rewound, its record from before, to which it may have to go back.
+    """
 
     record: Record
     image: ImageConfig = field(default_factory=ImageConfig)
+    was: Record | None = None
     vm: Vm | None = None
     operation: Operation | None = None
     task: asyncio.Task[None] | None = None
@@ -37,6 +40,11 @@ class Entry:
     streams: dict[int, Stream] = field(default_factory=dict)
     forwards: dict[int, Forward] = field(default_factory=dict)
     last_used: float = field(default_factory=time.monotonic)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All whose layers and snapshots it needs."""
+        return (self.record, self.was) if self.was else (self.record,)
 
     def claim(self) -> Claim | None:
         """What it has of the host's memory."""

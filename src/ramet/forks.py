@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from ramet import compacting, lineage, restoring, saving, slimming, snapshot
+from ramet import compacting, lineage, recovery, restoring, rewinding, saving, slimming, snapshot
 from ramet import spec as specs
 from ramet.db import Record
 from ramet.errors import DependentsError, ExistsError, MachineFailedError, NoCapacityError, RametError, SpecError
@@ -32,6 +32,7 @@ class Forks:
         self.sealer = Sealer(ops, self.refill)
         self._refills: dict[str, asyncio.Task[None]] = {}
         self._short: set[str] = set()  # snapshots whose pools the host had no room for
+        self.scarce = False  # the host runs low on memory: none is parked
         ops.on_end = self._ended
 
     # saving
@@ -185,10 +186,23 @@ class Forks:
         )
 
     async def restore(self, entry: Entry, name: str) -> None:
-        """Rewind it in place."""
+        """Rewind it in place. It is what it was when that fails."""
         found = self._point(entry, name)
         await restoring.check(self._ops, found)
-        await self._saved(entry, Operation.RESTORE, lambda held: restoring.bring_back(self._ops, held, found))
+        was = entry.record
+
+        async def work(held: Entry) -> None:
+            try:
+                async with rewinding.aside(self._ops, held, was):
+                    await restoring.bring_back(self._ops, held, found)
+            except Exception as error:
+                await recovery.recover(self._ops, held)  # it goes on as what it was
+                if isinstance(error, RametError):
+                    as_before = ", as before" if held.record.state is was.state else ""
+                    error.hint = f"{held.record.name} is {held.record.state}{as_before}. {error.hint}"
+                raise
+
+        await self._saved(entry, Operation.RESTORE, work)
 
     def _point(self, entry: Entry, name: str) -> Snapshot:
         """Of the machine itself, or the one that it was made from."""
@@ -274,6 +288,9 @@ class Forks:
                 await self._ops.drop((dead or of_it)[-1])
             elif len(of_it) == found.pool:
                 return
+            elif self.scarce:
+                self._short.add(snapshot_id)
+                return
             else:
                 try:
                     await self._park(found)
@@ -287,6 +304,15 @@ class Forks:
         while self._short:
             if found := self._ops.snapshots.get(self._short.pop()):
                 self.refill(found)
+
+    async def give_up(self, entry: Entry) -> None:
+        """End a parked machine. Its pool is filled again when the host has room."""
+        if entry.record.pool and not entry.operation:
+            log.warning(
+                "a machine that is parked for %s is ended, for the host runs low on memory", self._ops.snapshots[entry.record.pool].title
+            )
+            self._short.add(entry.record.pool)
+            await self._ops.drop(entry)
 
     async def _park(self, found: Snapshot) -> None:
         await restoring.check(self._ops, found)
@@ -371,7 +397,9 @@ class Forks:
 
     async def sweep(self) -> None:
         """Remove automatic snapshots that nobody stands on, then layers that nobody needs."""
-        while doomed := lineage.unneeded([each.record for each in self._ops.entries.values()], self._ops.snapshots.values()):
+        while doomed := lineage.unneeded(
+            [record for each in self._ops.entries.values() for record in each.records], self._ops.snapshots.values()
+        ):
             for each in doomed:
                 await self._forget(each)
         await self._ops.collect()

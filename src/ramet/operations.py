@@ -135,7 +135,9 @@ class Operations:
         )
         log.warning("%s of %s failed: %s", operation, entry.record.name, reason)
         try:
-            after = lifecycle.FAILED[operation]
+            after, during = lifecycle.FAILED[operation], lifecycle.TABLE[operation][1]
+            if during and entry.record.state is not during:
+                return  # it was put right already
             if after is None:
                 try:
                     await self.set(entry, state=before)
@@ -285,14 +287,18 @@ class Operations:
                 await self.set(entry, reason=rude)
         await self.end(entry)
 
-    async def end(self, entry: Entry) -> None:
-        """Make sure that nothing of the machine lives; quick when nothing does."""
+    async def let_go(self, entry: Entry) -> None:
+        """Leave what lives of the machine to itself."""
         for forward in list(entry.forwards.values()):
             await forward.close()
         entry.forwards.clear()
         running, entry.vm, entry.waiting = entry.vm, None, ""
         if running:
             await running.release()
+
+    async def end(self, entry: Entry) -> None:
+        """Make sure that nothing of the machine lives; quick when nothing does."""
+        await self.let_go(entry)
         files = self.state.machine(entry.record.id)
         if vm.is_alive(files):
             await vm.kill(files)
@@ -329,11 +335,6 @@ class Operations:
         entry.doom = LOST
         await vm.kill(machine.files)  # `_died` does the rest
 
-    def unserved(self, layer: str, since: float) -> str:
-        """Why a QEMU got SIGBUS instead of its memory: what could not be read of a layer, in a sentence that names it. since: Unix time."""
-        found = mounting.faults(self.state.store, layer, since) if layer else []
-        return f"its memory could not be read: {found[-1].message}" if found else ""
-
     @contextlib.asynccontextmanager
     async def layers_in_use(self) -> AsyncIterator[None]:
         """In the body, layers that nothing names yet are not collected; what should have been is, afterwards."""
@@ -348,7 +349,7 @@ class Operations:
     def needed_layers(self) -> frozenset[str]:
         """Those that snapshots and machines stand on, also machines that a lost database does not name any more."""
         points = {layer for each in list(self.snapshots.values()) for layer in each.layers}
-        running = {each.record.memory_layer for each in list(self.entries.values())}
+        running = {record.memory_layer for each in list(self.entries.values()) for record in each.records}
         disks_on = {layer for path in self.state.machines.iterdir() for layer in disks.layers_of(MachineDir(root=path))}
         return frozenset((points | running | disks_on | images.layers(self.state)) - {""})
 
@@ -446,7 +447,7 @@ class Operations:
         await self.end(entry)
         death = vm.postmortem(machine.files)
         since = entry.started or entry.record.started_at or 0.0
-        reason = entry.doom or self.unserved(entry.record.memory_layer, since) or death.reason
+        reason = entry.doom or mounting.unserved(self.state.store, entry.record.memory_layer, since) or death.reason
         entry.doom = ""
         log.warning("%s ended: %s", entry.record.name, reason)
         await self.set(entry, state=State.STOPPED if death.clean and not entry.record.pool else State.FAILED, reason=reason)

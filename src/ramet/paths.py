@@ -114,6 +114,11 @@ class MachineDir:
     def agent(self) -> Path:
         return self.root / "agent.sock"
 
+    @property
+    def before(self) -> Path:
+        """The record that a machine which is being rewound had before."""
+        return self.root / "before.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDir:

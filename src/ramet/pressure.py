@@ -23,13 +23,14 @@ class HostSample:
 @dataclass(frozen=True, kw_only=True)
 class MachineSample:
     """A machine at the same instant. busy: somebody is connected to it, or an operation is under way. last_used: seconds, on the host sample's clock.
-    cpu: of one processor, the part that it used since the last sample."""
+    cpu: of one processor, the part that it used since the last sample. parked: it waits in a pool, and is nobody's yet."""
 
     id: str
     state: State
     last_used: float
     busy: bool = False
     cpu: float = 0.0
+    parked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ LIMITS = Limits()
 
 class Kind(StrEnum):
     RECLAIM = "reclaim"
+    END = "end"
     PAUSE = "pause"
     HIBERNATE = "hibernate"
 
@@ -91,16 +93,17 @@ def has_enough(host: HostSample, limits: Limits) -> bool:
 
 def is_idle(machine: MachineSample, now: float, limits: Limits) -> bool:
     """Nobody would notice at once that it stands still."""
-    return not machine.busy and machine.cpu < limits.working and now - machine.last_used >= limits.idle
+    return not machine.busy and not machine.parked and machine.cpu < limits.working and now - machine.last_used >= limits.idle
 
 
 def decide(host: HostSample, machines: Sequence[MachineSample], trouble: Trouble | None, limits: Limits = LIMITS) -> Decision:
     """The next rung, or nothing.
 
-    First all running guests give back what they can, for that stops nobody; then all idle machines stand still, for that is undone in a moment; then idle ones
-    are hibernated, the one that was used least recently first and one at a time, for each costs a write to the disk and the time to read it back. A rung is
-    taken when the last did not help within `patience` and the host is low still. Between low and enough nothing is done, and nothing forgotten: a host that is
-    low again goes on where it was. Nothing is undone here: a machine that stands still goes on when its user says so.
+    First all running guests give back what they can, for that stops nobody; then parked machines are ended, for they are nobody's yet; then all idle machines
+    stand still, for that is undone in a moment; then idle ones are hibernated, the one that was used least recently first and one at a time, for each costs a
+    write to the disk and the time to read it back. A rung is taken when the last did not help within `patience` and the host is low still. Between low and
+    enough nothing is done, and nothing forgotten: a host that is low again goes on where it was. Nothing is undone here: a machine that stands still goes on
+    when its user says so.
     """
     now = host.at
     if has_enough(host, limits):
@@ -112,8 +115,10 @@ def decide(host: HostSample, machines: Sequence[MachineSample], trouble: Trouble
         return Decision(actions=_each(Kind.RECLAIM, running), trouble=Trouble(step=now, reclaimed=now))
     if now - trouble.step < limits.patience:
         return Decision(trouble=trouble)
-    idle = sorted((each for each in machines if is_idle(each, now, limits)), key=lambda each: each.last_used)
     after = Trouble(step=now, reclaimed=trouble.reclaimed)
+    if parked := [each for each in machines if each.parked and not each.busy]:
+        return Decision(actions=_each(Kind.END, parked), trouble=after)
+    idle = sorted((each for each in machines if is_idle(each, now, limits)), key=lambda each: each.last_used)
     if still := [each for each in idle if each.state is State.RUNNING]:
         return Decision(actions=_each(Kind.PAUSE, still), trouble=after)
     if paused := [each for each in idle if each.state is State.PAUSED]:

@@ -8,11 +8,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from ramet import bringup, disks, images, lifecycle, locks, restoring, saving
+from ramet import bringup, disks, images, lifecycle, locks, restoring, rewinding, saving
 from ramet.errors import RametError
 from ramet.fetchwatch import WAITS
 from ramet.model import ImageConfig, Snapshot, State
 from ramet.operations import LOST, Entry, Operations, retrieve
+from ramet.paths import MachineDir
 from ramet.records import load
 from ramet.store.disk import STAGED
 from ramet.vm import balloon, capture
@@ -29,6 +30,7 @@ async def reconcile(ops: Operations) -> None:
     """After this, every machine's record is true."""
     for doomed in [*ops.state.machines.glob(".deleting-*"), *ops.state.snapshots.glob(".new-*"), *ops.state.snapshots.glob(".deleting-*")]:
         log.info("finishing the removal of %s", doomed.name)
+        await vm.kill(MachineDir(root=doomed))  # of a rewinding
         await asyncio.to_thread(bringup.remove_tree, doomed)
     await asyncio.to_thread(_remove_unwritten, ops.state.root)
     if not locks.is_held(ops.state.store.lock):
@@ -37,10 +39,11 @@ async def reconcile(ops: Operations) -> None:
     await _find_snapshots(ops)
     adopting = []
     for record in await ops.db.machines():
-        entry = ops.add(record)
+        entry = ops.add(await rewinding.recovered(ops, record))
+        record = entry.record
         found = images.load(ops.state, record.image_digest) if record.image_digest else None
         entry.image = found.config if found else ImageConfig()
-        adopting.append(asyncio.create_task(_recover(ops, entry)))
+        adopting.append(asyncio.create_task(recover(ops, entry)))
     for path in ops.state.machines.iterdir():
         if path.name not in ops.entries and not path.name.startswith("."):
             log.warning("%s belongs to no machine of the database; it is left alone", path)
@@ -80,8 +83,8 @@ async def _find_snapshots(ops: Operations) -> None:
         ops.snapshots[found.id] = found
 
 
-async def _recover(ops: Operations, entry: Entry) -> None:
-    """One machine after a restart of the daemon."""
+async def recover(ops: Operations, entry: Entry) -> None:
+    """One machine that nobody watches: after a restart of the daemon, or a rewinding that failed."""
     record = entry.record
     files = ops.state.machine(record.id)
     alive = vm.is_alive(files)
@@ -94,7 +97,7 @@ async def _recover(ops: Operations, entry: Entry) -> None:
             await ops.set(entry, state=State.FAILED, reason=LOST)
             return
         alive = False
-    live = {State.RUNNING, State.PAUSED} | ({State.HIBERNATING} if alive else set())
+    live = {State.RUNNING, State.PAUSED} | ({State.HIBERNATING, State.RESTORING} if alive else set())
     if record.state in lifecycle.INTERRUPTED and record.state not in live:
         after = lifecycle.INTERRUPTED[record.state]
         log.info("%s was %s when the daemon ended: now %s", record.name, record.state, after or "deleted")
@@ -159,7 +162,7 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
         await ops.set(entry, state=State.FAILED, reason=f"it could not be found again after a restart of the daemon: {error.message}")
         return
     log.info("%s runs on (QEMU %d)", entry.record.name, machine.pid)
-    if entry.record.state is State.HIBERNATING:
+    if entry.record.state in (State.HIBERNATING, State.RESTORING):
         await ops.set(entry, state=State.RUNNING)
     ops.watch(entry, machine)
     await restoring.open_ports(ops, entry)

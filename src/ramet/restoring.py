@@ -16,7 +16,7 @@ from ramet.identity import Identity
 from ramet.model import Command, Compatibility, Snapshot, SnapshotState, Spec
 from ramet.operations import Entry, Operations, log
 from ramet.paths import MachineDir
-from ramet.store import remote, tracing
+from ramet.store import mounting, remote, tracing
 from ramet.store.fetching import Fetcher
 from ramet.store.layer import is_id
 from ramet.vm import balloon
@@ -122,7 +122,7 @@ async def _go_on_from(ops: Operations, entry: Entry, found: Snapshot, whole: asy
         ops.doing(entry, "loading the devices")
         await go_on(ops, found, entry.vm, identity(entry))
     except MachineFailedError as error:
-        if reason := ops.unserved(found.memory_layer, entry.started):
+        if reason := mounting.unserved(ops.state.store, found.memory_layer, entry.started):
             raise LayerError(reason, hint="`ramet layer verify` checks a layer; start from another snapshot.") from error
         raise
     finally:
@@ -167,7 +167,7 @@ async def test(ops: Operations, found: Snapshot) -> str:
             finally:
                 await machine.kill()
     except RametError as error:
-        return ops.unserved(found.memory_layer, began) or error.message
+        return mounting.unserved(ops.state.store, found.memory_layer, began) or error.message
     finally:
         await end_test(files)
     return ""

@@ -219,7 +219,39 @@ async def test_a_damaged_blob_fails_who_reads_it_and_nobody_else(engine: Engine,
     assert blob.replace(":", "-") in event.reason
     assert await Box(engine, "origin").text(VERIFY) == "same"
     assert blob.replace(":", "-") in " ".join(await engine.verify_layer(snapshot.memory_layer))
-    with pytest.raises(RametError) as caught:
-        await engine.create_from("origin@filled", "another")
-    assert blob.replace(":", "-") in caught.value.message
+    for verb in (engine.create_from("origin@filled", "another"), engine.restore("origin", "filled")):
+        with pytest.raises(RametError) as caught:
+            await verb
+        assert blob.replace(":", "-") in caught.value.message
+    assert (await engine.get("origin")).state is State.RUNNING
+    assert await Box(engine, "origin").text(VERIFY) == "same"
     assert {machine.name for machine in await engine.list()} == {"origin", "reader"}
+
+
+@pytest.mark.parametrize("was", [State.RUNNING, State.PAUSED, State.HIBERNATED, State.STOPPED])
+async def test_a_rewind_that_fails_changes_nothing(engine: Engine, state: StateDir, artifacts: Artifacts, was: State) -> None:
+    box = Box(engine, "kept")
+    await engine.create(artifacts.spec("kept"))
+    await engine.snapshot("kept", "spoiled", test=False)
+    await settled(engine)
+    os.truncate(state.snapshot((await engine.get_snapshot("kept@spoiled")).id).state, 1000)
+    await busy(box)
+    await note(box, "later")
+    before = {State.PAUSED: engine.pause, State.HIBERNATED: engine.hibernate, State.STOPPED: engine.stop}
+    if verb := before.get(was):
+        await verb("kept")
+    await settled(engine)
+    shown = await engine.get("kept")
+    for _ in range(2):
+        with pytest.raises(RametError, match="load") as caught:
+            await engine.restore("kept", "spoiled")
+        assert caught.value.hint.startswith(f"kept is {was}, as before.")
+    after = (await sound(engine))["kept"]
+    assert (after.state, after.snapshot, after.reason) == (was, shown.snapshot, shown.reason)
+    if was in (State.PAUSED, State.HIBERNATED):
+        await engine.resume("kept")
+    if was is State.STOPPED:
+        await engine.start("kept")
+    else:
+        assert await goes_on(box) > 0
+    assert await notes(box) == ["later"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from ramet import capacity
 from ramet.caretaker import Caretaker
 from ramet.engine import Engine
 from ramet.model import Command, Result, State
@@ -158,3 +159,31 @@ async def test_a_guest_that_hangs_keeps_nobody_up(watched: Engine, gauge: Gauge,
     gauge.show(ENOUGH)
     await entry.vm.monitor("cont")
     assert await Box(watched, "hung").text("hostname", timeout=DEADLINE) == "hung"
+
+
+async def pooled(engine: Engine, wanted: int) -> None:
+    """When so many machines are parked for the template; nobody tells."""
+    async with asyncio.timeout(DEADLINE):
+        while (await engine.get_snapshot("spare")).pooled != wanted:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_parked_machines_are_ended_and_parked_again(
+    watched: Engine, gauge: Gauge, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capacity, "RETRY_AFTER", 1.0)
+    await watched.create(artifacts.spec("stem"))
+    await watched.snapshot("stem", "warm", test=False)
+    async with used(Box(watched, "stem")) as running:
+        await watched.template("stem@warm", label="spare", pool=2)
+        await pooled(watched, 2)
+        gauge.show(LOW)
+        await pooled(watched, 0)
+        await gauge.pass_by(8)
+        assert (await watched.get_snapshot("spare")).pooled == 0, "not before there is room"
+        gauge.show(ENOUGH)
+        await pooled(watched, 2)
+        assert (await watched.create_from("spare", "claimed")).state is State.RUNNING
+        assert not running.done()
+        await watched.template("spare", pool=0)
+        await pooled(watched, 0)

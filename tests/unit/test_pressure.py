@@ -21,8 +21,10 @@ LOW, BETWEEN, ENOUGH = 50, 120, 300
 EVERY = 5.0
 
 
-def machine(name: str, *, used: float = -1000.0, busy: bool = False, cpu: float = 0.0, state: State = State.RUNNING) -> MachineSample:
-    return MachineSample(id=name, state=state, last_used=used, busy=busy, cpu=cpu)
+def machine(
+    name: str, *, used: float = -1000.0, busy: bool = False, cpu: float = 0.0, state: State = State.RUNNING, parked: bool = False
+) -> MachineSample:
+    return MachineSample(id=name, state=state, last_used=used, busy=busy, cpu=cpu, parked=parked)
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Play:
         one = self.machines[action.machine]
         if action.kind is Kind.PAUSE:
             self.machines[action.machine] = dataclasses.replace(one, state=State.PAUSED)
-        elif action.kind is Kind.HIBERNATE:
+        elif action.kind in (Kind.HIBERNATE, Kind.END):
             del self.machines[action.machine]
 
 
@@ -112,6 +114,16 @@ def test_those_that_were_paused_before_are_hibernated_too() -> None:
     assert on.look(LOW, times=20) == []
 
 
+def test_parked_machines_go_before_anybody_stands_still() -> None:
+    parked = [machine(f"parked{number}", state=State.PAUSED, parked=True) for number in range(2)]
+    on = play(machine("a"), *parked, machine("claimed", state=State.PAUSED, parked=True, busy=True))
+    assert on.look(LOW) == [(Kind.RECLAIM, "a")]
+    assert on.look(LOW, times=2) == [(Kind.END, "parked0"), (Kind.END, "parked1")]
+    assert on.look(LOW, times=2) == [(Kind.PAUSE, "a")]
+    assert on.look(LOW, times=2) == [(Kind.HIBERNATE, "a")]
+    assert on.look(LOW, times=5) == []
+
+
 # what must hold on every trace
 
 levels = st.tuples(st.integers(0, TOTAL), st.floats(0, 100))
@@ -124,6 +136,7 @@ machines = st.lists(
         last_used=times,
         busy=st.booleans(),
         cpu=st.floats(0, 4),
+        parked=st.booleans(),
     ),
     max_size=6,
     unique_by=lambda each: each.id,
@@ -133,17 +146,13 @@ machines = st.lists(
 @given(machines, st.lists(levels, max_size=60))
 def test_whatever_happens(them: list[MachineSample], trace: list[tuple[int, float]]) -> None:
     on = play(*them)
-    last: float | None = None
-    asked = False
     for available, stalled in trace:
-        before = dict(on.machines)
+        before, trouble = dict(on.machines), on.trouble
         did = on.look(available, stalled)
         sample = HostSample(at=on.at, total=TOTAL, available=available, stalled=stalled)
         if has_enough(sample, LIMITS):
             assert on.trouble is None
-            asked = False
         if not did:
-            asked = asked or (on.trouble is not None)
             continue
         assert is_low(sample, LIMITS), "nothing is done to a host that has room"
         assert len({kind for kind, _ in did}) == 1, "one rung at a time"
@@ -151,17 +160,19 @@ def test_whatever_happens(them: list[MachineSample], trace: list[tuple[int, floa
         taken = [before[name] for _, name in did]
         if kind is Kind.RECLAIM:
             assert taken == [each for each in before.values() if each.state is State.RUNNING]
-        else:
-            assert asked, "guests are asked first"
-            assert last is not None
-            assert on.at - last >= LIMITS.patience
-            assert all(is_idle(each, on.at, LIMITS) for each in taken), "never a machine in use"
-            assert [each.last_used for each in taken] == sorted(each.last_used for each in taken)
-            idle = [each for each in before.values() if is_idle(each, on.at, LIMITS)]
-            if kind is Kind.HIBERNATE:
-                assert all(each.state is State.PAUSED for each in idle), "all stand still before one is hibernated"
-                assert taken[0].last_used == min(each.last_used for each in idle)
-        last, asked = on.at, True
+            continue
+        assert trouble, "guests are asked first"
+        assert on.at - trouble.step >= LIMITS.patience
+        if kind is Kind.END:
+            assert all(each.parked and not each.busy for each in taken)
+            continue
+        assert not any(each.parked and not each.busy for each in before.values()), "what is nobody's goes first"
+        assert all(is_idle(each, on.at, LIMITS) for each in taken), "never a machine in use"
+        assert [each.last_used for each in taken] == sorted(each.last_used for each in taken)
+        idle = [each for each in before.values() if is_idle(each, on.at, LIMITS)]
+        if kind is Kind.HIBERNATE:
+            assert all(each.state is State.PAUSED for each in idle), "all stand still before one is hibernated"
+            assert taken[0].last_used == min(each.last_used for each in idle)
 
 
 @given(machines, st.integers(0, TOTAL), st.floats(0, 100))

@@ -55,6 +55,12 @@ def faults(files: StoreDir, layer_id: str = "", since: float = 0.0) -> list[Faul
     return [fault for fault in found if fault.time >= since and layer_id in ("", fault.layer)]
 
 
+def unserved(files: StoreDir, layer_id: str, since: float) -> str:
+    """Why a QEMU got SIGBUS instead of its memory: what could not be read of a layer, in a sentence that names it. since: Unix time."""
+    found = faults(files, layer_id, since) if layer_id else []
+    return f"its memory could not be read: {found[-1].message}" if found else ""
+
+
 def pids(files: StoreDir) -> tuple[int, list[int]]:
     """The keeper's and its workers'. FileNotFoundError when none serves the store."""
     roles = [line.split()[:2] for line in files.pids.read_text().splitlines()]
