@@ -199,7 +199,7 @@ class Forks:
                 await recovery.recover(self._ops, held)  # it goes on as what it was
                 if isinstance(error, RametError):
                     as_before = ", as before" if held.record.state is was.state else ""
-                    error.hint = f"{held.record.name} is {held.record.state}{as_before}. {error.hint}"
+                    error.hint = f"{held.record.name} is {held.record.state}{as_before}. {error.hint}".strip()
                 raise
 
         await self._saved(entry, Operation.RESTORE, work)

@@ -35,7 +35,7 @@ async def aside(ops: Operations, entry: Entry, was: Record) -> AsyncIterator[Non
     entry.was, waiting, image = was, entry.waiting, entry.image
     try:
         await ops.let_go(entry)
-        await asyncio.to_thread(_put, ops.state, was)
+        _put(ops.state, was)
         yield
         _aside(ops.state, was.id).root.rename(doomed.root)
     except BaseException:
@@ -47,11 +47,8 @@ async def aside(ops: Operations, entry: Entry, was: Record) -> AsyncIterator[Non
         raise
     finally:
         entry.was = None
-    try:
-        await vm.kill(doomed)
-        await asyncio.to_thread(bringup.remove_tree, doomed.root)
-    except RametError as error:
-        log.warning("what %s was before: %s", was.name, error.message)
+    with contextlib.suppress(asyncio.CancelledError):  # it is rewound, whatever ends us now
+        await asyncio.shield(ops.spawn(_remove(doomed)))
 
 
 async def recovered(ops: Operations, record: Record) -> Record:
@@ -73,6 +70,15 @@ async def recovered(ops: Operations, record: Record) -> Record:
 
 def _aside(state: StateDir, machine_id: str) -> MachineDir:
     return MachineDir(root=state.machines / f".before-{machine_id}")
+
+
+async def _remove(doomed: MachineDir) -> None:
+    """Left to the next daemon where it fails."""
+    try:
+        await vm.kill(doomed)
+        await asyncio.to_thread(bringup.remove_tree, doomed.root)
+    except RametError as error:
+        log.warning("what a machine was before it was rewound: %s", error.message)
 
 
 def _put(state: StateDir, was: Record) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from ramet import disks, restoring
+from ramet import disks, recovery, restoring
 from ramet.engine import Engine
 from ramet.errors import BusyError, NotFoundError, RametError
 from ramet.model import Event, Snapshot, SnapshotState, State
@@ -21,7 +21,7 @@ from ramet.vm import capture
 from ramet.vm import machine as vm
 from ramet.vm.machine import Vm
 from tests.fixtures import Artifacts, Box, States
-from tests.machine.aftermath import DEADLINE, Trouble, busy, goes_on, note, notes, settled, sound, swept
+from tests.machine.aftermath import DEADLINE, Trouble, busy, goes_on, note, notes, settled, sound, swept, went_on
 from tests.machine.doomed import parked
 from tests.machine.events import listening
 
@@ -326,3 +326,47 @@ async def test_two_operations_on_one_machine(engine: Engine, victim: Box) -> Non
         (outcome,) = await forking
     assert outcome.error is None
     assert await goes_on(victim) > 0
+
+
+# --- a rewind that does not come to its end ---
+
+
+async def test_a_rewind_whose_qemu_dies_changes_nothing(engine: Engine, victim: Box, request: pytest.FixtureRequest) -> None:
+    await note(victim, "later")
+    before, count = await victim.get(), await goes_on(victim)
+    request.getfixturevalue("fragile")
+    with pytest.raises(RametError, match="QEMU was killed by SIGKILL") as caught:
+        await engine.restore("victim")
+    assert caught.value.hint.startswith("victim is running, as before.")
+    after = await victim.get()
+    assert (after.state, after.snapshot, after.started_at, after.reason) == (State.RUNNING, before.snapshot, before.started_at, "")
+    assert await went_on(victim, count) > count
+    assert await notes(victim) == ["later"]
+
+
+@pytest.mark.parametrize("step", ["starting QEMU", "loading the devices"])
+async def test_a_machine_that_is_being_rewound_is_deleted(engine: Engine, victim: Box, step: str) -> None:
+    async with listening(engine) as ear:
+        rewinding = asyncio.create_task(engine.restore("victim"))
+        await ear.until(doing("victim", step))
+        await engine.delete("victim")
+        with pytest.raises(RametError):
+            await rewinding
+    assert set(await sound(engine)) == {"origin"}
+
+
+async def test_a_daemon_that_ends_while_it_rewinds_leaves_what_was(engine: Engine, victim: Box) -> None:
+    await note(victim, "later")
+    count = await goes_on(victim)
+    entry = engine._entry("victim")
+    async with listening(engine) as ear:
+        rewinding = asyncio.create_task(engine.restore("victim"))
+        await ear.until(doing("victim", "loading the devices"))
+        await engine._ops.cancel(entry)  # as the daemon's end does
+        with pytest.raises(RametError):
+            await rewinding
+    assert (entry.record.state, entry.vm) == (State.RUNNING, None)
+    await recovery.recover(engine._ops, entry)  # as the next one does
+    assert await went_on(victim, count) > count
+    assert await notes(victim) == ["later"]
+    await sound(engine)
