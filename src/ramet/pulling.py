@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
-from ramet import artifact, images, saving, snapshot, tables
+from ramet import artifact, images, restoring, saving, snapshot, tables
 from ramet import reference as references
 from ramet.artifact import Artifact, ImageOrigin, Part
 from ramet.errors import ExistsError, ImageError, LayerError, RametError
@@ -259,24 +259,13 @@ class _Pulling:
         if not before:
             return
         await self._ops.use_layers()
-        if lazy:
+        if lazy:  # a machine that is made from the snapshot starts meanwhile
             self.later = before
-            self._ops.spawn(self._background())
+            restoring.fetch_later(self._ops, f"what {self.name} lacks", Fetcher.background)
         else:
-            async with self._fetcher() as fetcher:
+            async with Fetcher.connect(self._files, self._ops.layers.nudge) as fetcher:
                 await fetcher.bring(made.layers, self._fetched)
             self.moved += max(0, before - await asyncio.to_thread(absent, self._ops, made.layers))
-
-    async def _background(self) -> None:
-        """Nobody waits for it: a machine that is made from the snapshot starts meanwhile."""
-        try:
-            async with self._fetcher() as fetcher:
-                await fetcher.background()
-        except RametError as error:
-            log.warning("what %s lacks is only fetched when it is read: %s", self.name, error.message)
-
-    def _fetcher(self) -> contextlib.AbstractAsyncContextManager[Fetcher]:
-        return Fetcher.connect(self._files, self._ops.layers.nudge)
 
     def _fetched(self, done: int, total: int) -> None:
         self._say("fetching the snapshot", done / total if total else None)

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 
 from ramet import bringup, commands, disks, images, snapshot
@@ -90,19 +90,25 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
     if any(getattr(entry.record, name) != value for name, value in after.items()):
         await ops.set(entry, **after)  # before anything runs: a collection of layers must see what it needs
     if remote.is_any(ops.state.store):
-        ops.spawn(_fetch_ahead(ops, found))
+        fetch_later(
+            ops, f"what {found.title} needs at its start", lambda fetcher: fetcher.trace(found.layers)
+        )  # what an earlier start touched
     async with _traced_once(ops, found):
         await _go_on_from(ops, entry, found, whole, began)
 
 
-async def _fetch_ahead(ops: Operations, found: Snapshot) -> None:
-    """Have what an earlier start touched fetched before it is asked for. Nobody waits for that."""
-    try:
-        await ops.use_layers()
-        async with Fetcher.connect(ops.state.store, ops.layers.nudge) as fetcher:
-            await fetcher.trace(found.layers)
-    except RametError as error:
-        log.warning("what %s needs at its start is only fetched when it asks: %s", found.title, error.message)
+def fetch_later(ops: Operations, what: str, work: Callable[[Fetcher], Awaitable[None]]) -> None:
+    """Have something fetched that nobody waits for. what: it, for the log."""
+
+    async def fetch() -> None:
+        try:
+            await ops.use_layers()
+            async with Fetcher.connect(ops.state.store, ops.layers.nudge) as fetcher:
+                await work(fetcher)
+        except RametError as error:
+            log.warning("%s is only fetched when it is read: %s", what, error.message)
+
+    ops.spawn(fetch())
 
 
 async def _go_on_from(ops: Operations, entry: Entry, found: Snapshot, whole: asyncio.Future[None] | None, began: float) -> None:
