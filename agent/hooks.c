@@ -2,6 +2,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,12 +12,25 @@
 #include "builtin.h"
 #include "hooks.h"
 
-enum { PATH_SIZE = 512, VALUE_SIZE = 160, BY_SIGNAL = 128 };
+enum { PATH_SIZE = 512, VALUE_SIZE = 160, BY_SIGNAL = 128, LATE = 124 };
 
 static char generation[VALUE_SIZE], name[VALUE_SIZE];
 static char *environment[] = {
 	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", generation, name, NULL,
 };
+
+/* What is said when there is no time left while a hook runs. */
+static char late[PATH_SIZE + 40];
+static volatile sig_atomic_t is_late;
+
+/* SIGTERM, which the whole group gets some seconds before SIGKILL: only now is it known which hook it was that hung. */
+static void out_of_time(int signal)
+{
+	(void)signal;
+	if (!is_late)
+		(void)!write(2, late, strlen(late));
+	is_late = 1;
+}
 
 /* Bytes, in every locale. */
 static int by_name(const struct dirent **a, const struct dirent **b)
@@ -31,6 +45,7 @@ static int run(const char *path)
 	/* Closed by a program that starts; else it brings why not. */
 	if (pipe2(error, O_CLOEXEC) < 0)
 		return builtin_fail(path);
+	snprintf(late, sizeof late, "%d did not end in time: %s\n", LATE, path);
 	pid_t pid = fork();
 	if (pid == 0) {
 		execve(path, (char *[]){(char *)path, NULL}, environment);
@@ -46,6 +61,8 @@ static int run(const char *path)
 	while (waitpid(pid, &status, 0) < 0)
 		if (errno != EINTR)
 			return builtin_fail(path);
+	if (is_late)
+		return 1;
 	if (n == sizeof why)
 		return builtin_fail_with(why, strerror(why), path);
 	if (WIFSIGNALED(status)) {
@@ -64,6 +81,8 @@ int hooks_run(const char *directory, const char *generation_text, const char *na
 	int n = scandir(directory, &entries, NULL, by_name);
 	if (n < 0)
 		return errno == ENOENT ? 0 : builtin_fail(directory);
+	struct sigaction term = {.sa_handler = out_of_time, .sa_flags = SA_RESTART}, before;
+	sigaction(SIGTERM, &term, &before);
 	int result = 0;
 	for (int i = 0; i < n; i++) {
 		char path[PATH_SIZE];
@@ -74,6 +93,7 @@ int hooks_run(const char *directory, const char *generation_text, const char *na
 		free(entries[i]);
 	}
 	free(entries);
+	sigaction(SIGTERM, &before, NULL);
 	return result;
 }
 

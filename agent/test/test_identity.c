@@ -339,6 +339,9 @@ static void test_hooks(void)
 	CHECK(run_hooks(errors, sizeof errors) == 1 && strncmp(errors, "137 was killed by signal 9: ", 28) == 0);
 	write_text("/etc/ramet/fork.d/A", "#!/no/such/interpreter\n", 0755);
 	CHECK(run_hooks(errors, sizeof errors) == 1 && strncmp(errors, "2 No such file or directory: ", 29) == 0);
+	write_text("/etc/ramet/fork.d/A", "#!/bin/sh\nkill $PPID\nkill $$\n", 0755); /* as when there is no time left */
+	CHECK(run_hooks(errors, sizeof errors) == 1 && strncmp(errors, "124 did not end in time: ", 25) == 0);
+	CHECK(strstr(errors, "/fork.d/A\n") && strchr(errors, '\n')[1] == 0);
 }
 
 int main(void)

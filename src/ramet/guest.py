@@ -29,21 +29,21 @@ _TAIL = 4096  # bytes of a hook's output that are kept for its error
 
 def _hook_error(end: Exit, said: Mapping[Channel, bytes], timeout: float) -> GuestError:
     """The error for `hooks` that did not end well. said: what it and the hooks wrote."""
-    output = agentwire.printable(said[Channel.STDOUT])
-    if end.ending is Ending.TIMEOUT:
-        text = output + agentwire.printable(said[Channel.STDERR])
-        return TimeoutExpiredError(
-            f"the programs in {agentwire.HOOKS} did not end within {timeout:.0f} s: {_last_line(text)}", details={"log": text}
-        )
-    if end.ending is not Ending.EXITED:
+    late = end.ending is Ending.TIMEOUT
+    if end.ending is not Ending.EXITED and not late:
         return GuestError(f"the programs in {agentwire.HOOKS} were killed by signal {end.code}")
-    name, what, errors = agentwire.parse_hook(said[Channel.STDERR])
-    text = errors if errors.strip() else output
-    return GuestError(
-        f"{agentwire.HOOKS}/{name} failed, {what}: {_last_line(text)}",
-        hint="Mend it in the image, or in the machine that was forked.",
-        details={"hook": name, "log": text},
-    )
+    name, what, text = "", "", agentwire.printable(said[Channel.STDERR])
+    try:
+        name, what, text = agentwire.parse_hook(said[Channel.STDERR])
+    except ProtocolError:
+        if not late:  # the agents of older snapshots do not say which one hung
+            raise
+    text = text if text.strip() else agentwire.printable(said[Channel.STDOUT])
+    hint, details = "Mend it in the image, or in the machine that was forked.", {"hook": name, "log": text}
+    if late:
+        which = f"{agentwire.HOOKS}/{name}" if name else f"one of the programs in {agentwire.HOOKS}"
+        return TimeoutExpiredError(f"{which} did not end within {timeout:.0f} s: {_last_line(text)}", hint=hint, details=details)
+    return GuestError(f"{agentwire.HOOKS}/{name} failed, {what}: {_last_line(text)}", hint=hint, details=details)
 
 
 def _last_line(text: str) -> str:

@@ -306,6 +306,18 @@ async def test_a_hook_that_fails_fails_the_copy(stem: Box) -> None:
     assert (await engine.fork(parent.name, names=("child",)))[0].machine
 
 
+async def test_a_hook_that_hangs_is_named(stem: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = stem.engine
+    (parent,) = await forked(stem)
+    await witness.put(parent, "/etc/ramet/fork.d/10-fine", HOOK)
+    await witness.put(parent, "/etc/ramet/fork.d/20-hangs", b"#!/bin/sh\necho waiting for a lease >&2\nexec sleep 100000\n")
+    monkeypatch.setattr("ramet.vm.machine.HOOKS_DEADLINE", 3.0)
+    (outcome,) = await engine.fork(parent.name, names=("child",))
+    assert outcome.error
+    assert outcome.error["message"] == "/etc/ramet/fork.d/20-hangs did not end within 3 s: waiting for a lease"
+    await check(parent, HOLD)
+
+
 async def test_a_guest_that_does_not_take_its_identity_does_not_run(stem: Box) -> None:
     """A generation that cannot be written: the copy would not know that it is one."""
     (parent,) = await forked(stem)

@@ -288,7 +288,14 @@ async def test_a_hook_that_fails_is_named_with_its_last_line(connected: Pair) ->
 @pytest.mark.parametrize(
     ("said", "kind", "code", "error", "why"),
     [
-        (b"working\n", EndKind.TIMEOUT, 15, TimeoutExpiredError, "did not end within 7 s: working"),
+        (
+            b"half\n124 did not end in time: /etc/ramet/fork.d/b\n",
+            EndKind.TIMEOUT,
+            1,
+            TimeoutExpiredError,
+            "^/etc/ramet/fork.d/b did not .* 7 s: half$",
+        ),
+        (b"working\n", EndKind.TIMEOUT, 15, TimeoutExpiredError, "one of the programs in .* did not end within 7 s: working"),
         (b"", EndKind.TIMEOUT, 9, TimeoutExpiredError, "no output"),
         (b"", EndKind.SIGNALED, 9, GuestError, "killed by signal 9"),
         (b"who knows\n", EndKind.EXITED, 1, ProtocolError, "which hook"),
