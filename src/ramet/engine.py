@@ -60,6 +60,7 @@ from ramet.model import (
 )
 from ramet.operations import Entry, Operations
 from ramet.paths import StateDir
+from ramet.spacewatch import Spacewatch
 from ramet.storage import Collected, LayerInfo, Transfer
 from ramet.store import fetching, remote
 from ramet.store.chain import Chain
@@ -77,6 +78,7 @@ class Engine:
         self._ops = operations
         self._forks = Forks(operations)
         self._fetchwatch = Fetchwatch(operations, self._forks.resume)
+        self._spacewatch = Spacewatch(operations, self._forks.resume)
         self._accounts = Accounts(operations)
         self._awaited: list[str] = []  # names of machines whose snapshots are being pulled
 
@@ -93,6 +95,7 @@ class Engine:
                 await recovery.reconcile(operations)
                 engine = cls(operations)
                 engine._fetchwatch.begin()
+                engine._spacewatch.begin()
                 await engine._forks.recover()
                 sample = sample_host if caretaker.wanted(os.environ) else None
                 async with Caretaker(operations, engine._forks, sample=sample, budget=caretaker.budget(os.environ)).working():
@@ -170,6 +173,7 @@ class Engine:
 
     async def resume(self, name: str) -> Machine:
         entry = self._entry(name)
+        self._spacewatch.require_room(entry)
         await (self._fetchwatch.hurry if entry.waiting else self._forks.resume)(entry)
         return await self._view(entry)
 

@@ -64,6 +64,7 @@ class Operations:
         self.collecting = asyncio.Lock()
         self.on_end: Callable[[Entry], None] = lambda entry: None  # called when a QEMU ended by itself
         self.on_layers: Callable[[], None] = lambda: None  # called when layers are going to be read
+        self.on_stuck: Callable[[Entry, Vm], None] = lambda entry, machine: None  # called when QEMU stopped a machine, for the disk is full
         self._background: set[asyncio.Task[Any]] = set()
 
     # the frame of every operation
@@ -289,9 +290,8 @@ class Operations:
 
     async def let_go(self, entry: Entry) -> None:
         """Leave what lives of the machine to itself."""
-        for forward in list(entry.forwards.values()):
-            await forward.close()
-        entry.forwards.clear()
+        while entry.forwards:
+            await entry.forwards.popitem()[1].close()
         running, entry.vm, entry.waiting = entry.vm, None, ""
         if running:
             await running.release()
@@ -419,6 +419,7 @@ class Operations:
 
     def watch(self, entry: Entry, machine: Vm) -> None:
         machine.on_agent_lost = lambda: self.keep(asyncio.create_task(self._lost(entry, machine)))
+        machine.on_stuck = lambda: self.on_stuck(entry, machine)
         self.spawn(self._died(entry, machine))
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -433,7 +434,7 @@ class Operations:
         task.add_done_callback(self._background.discard)
         task.add_done_callback(retrieve)
 
-    async def _settle(self, entry: Entry) -> None:
+    async def settle(self, entry: Entry) -> None:
         """Wait until nothing is being done to the machine."""
         while entry.task and not entry.task.done():
             await asyncio.wait({entry.task})
@@ -441,7 +442,7 @@ class Operations:
     async def _died(self, entry: Entry, machine: Vm) -> None:
         """QEMU ended: by itself (unless an operation ended it), so say why."""
         await asyncio.shield(machine.dead)
-        await self._settle(entry)
+        await self.settle(entry)
         if entry.vm is not machine:
             return
         await self.end(entry)
@@ -457,8 +458,8 @@ class Operations:
         """The agent's line broke while QEMU runs: connect again, unless it is dying anyway or the agent is gone for good."""
         why = machine.lost_because
         await asyncio.wait({machine.dead}, timeout=_DYING if machine.agent_closed else 0)
-        await self._settle(entry)
-        if machine.dead.done() or entry.vm is not machine:
+        await self.settle(entry)
+        if machine.dead.done() or entry.vm is not machine or machine.still:
             return
         log.warning("%s: the agent's line broke: %s", entry.record.name, why)
         if not machine.agent_closed:
@@ -482,10 +483,7 @@ class Operations:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         for entry in list(self.entries.values()):
-            for forward in entry.forwards.values():
-                await forward.close()
-            if entry.vm:
-                await entry.vm.release()
+            await self.let_go(entry)
         served = locks.is_held(self.state.store.lock) or mounting.is_mounted(self.state.store)
         if served and not any(vm.is_alive(self.state.machine(each)) for each in self.entries):
             await self.layers.stop()  # nobody needs it

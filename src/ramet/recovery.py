@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from ramet import bringup, disks, images, lifecycle, locks, restoring, rewinding, saving
+from ramet import bringup, disks, images, lifecycle, locks, restoring, rewinding, saving, spacewatch
 from ramet.errors import RametError
 from ramet.fetchwatch import WAITS
 from ramet.model import ImageConfig, Snapshot, State
@@ -153,6 +153,12 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
             await machine.monitor("cont")
         await machine.connect_agent(deadline=vm.BOOT_DEADLINE / 3, resync=True)
     except RametError as error:
+        if entry.vm and entry.vm.stuck:
+            ops.watch(entry, entry.vm)
+            entry.vm.still = True
+            ops.note(entry, state=State.PAUSED, reason=spacewatch.REASON)
+            ops.on_stuck(entry, entry.vm)
+            return
         if waits and vm.is_alive(files):
             if entry.vm:
                 await entry.vm.release()

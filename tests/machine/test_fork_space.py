@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -18,7 +19,7 @@ from ramet.model import State
 from ramet.paths import StateDir
 from ramet.store import disk
 from tests.fixtures import Artifacts, Box, States
-from tests.machine.aftermath import Trouble, busy, note, notes, settled, sound, swept, went_on
+from tests.machine.aftermath import DEADLINE, Trouble, busy, note, notes, settled, sound, swept, went_on
 
 SIZE = 192 << 20
 # Where it strikes: the database, the next overlay, the devices' state, the pages, the layers' own files, the compressed pages.
@@ -47,9 +48,14 @@ async def cramped(small: StateDir) -> AsyncIterator[Engine]:
 def fill(state: StateDir, left: int) -> Path:
     """Take all of the space but `left` bytes."""
     ballast = state.root / "ballast"
-    free = os.statvfs(state.root)
     with open(ballast, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(4096, free.f_bavail * free.f_frsize - left))
+        for _ in range(100):
+            free = os.statvfs(state.root)
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(4096, free.f_bavail * free.f_frsize - left))
+                break
+            except OSError as error:
+                assert error.errno == errno.ENOSPC  # a guest has written meanwhile
     return ballast
 
 
@@ -188,3 +194,70 @@ async def test_the_disk_fails_wherever_a_save_writes(states: States, artifacts: 
             await sound(engine)
         trouble.check()
         assert len(places) > 5
+
+
+async def rewound(box: Box, count: int, error: RametError | None) -> int:
+    """All of what it was before, or all of what it is to be; where it has counted to."""
+    if error:
+        not_begun = "the database" in error.message  # which could not be told of it
+        stuck = error.hint.startswith("fat is paused.")  # the guest had something to write, and no room
+        assert not_begun or stuck or error.hint.startswith("fat is running, as before."), (error.message, error.hint)
+        count = await went_on(box, count)
+    assert await notes(box) == ["kept", *(["later"] if error else [])]
+    if not error:
+        count = await went_on(box, 0)
+        await note(box, "later")
+    await sound(box.engine)
+    return count
+
+
+async def begin(engine: Engine, artifacts: Artifacts) -> Box:
+    """A machine that has something to lose when it goes back to `then`."""
+    await engine.create(artifacts.spec("fat"))
+    box = Box(engine, "fat")
+    await busy(box)
+    await note(box, "kept")
+    await engine.snapshot("fat", "then", test=False)
+    await note(box, "later")
+    await settled(engine)
+    return box
+
+
+async def test_no_space_while_rewinding(cramped: Engine, small: StateDir, artifacts: Artifacts) -> None:
+    box = await begin(cramped, artifacts)
+    trouble, count, refused = Trouble(), 0, 0
+    for left in (0, 4 << 10, 16 << 10, 64 << 10, 200 << 10, 300 << 10, 1 << 20):
+        ballast, error = fill(small, left), None
+        with trouble.at(f"{left >> 10} KiB"):
+            try:
+                await cramped.restore("fat", "then")
+            except RametError as failed:
+                error = failed
+                refused += 1
+        ballast.unlink()
+        with trouble.at(f"{left >> 10} KiB, afterwards: {error}"):
+            async with asyncio.timeout(DEADLINE):
+                while (await cramped.get("fat")).state is State.PAUSED:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+            count = await rewound(box, count, error)
+    trouble.check()
+    assert 0 < refused < 7
+
+
+async def test_the_disk_fails_wherever_a_rewind_writes(states: States, artifacts: Artifacts, failing: Failing) -> None:
+    async with swept(states.new()) as engine:
+        box = await begin(engine, artifacts)
+        failing.passed = []
+        await engine.restore("fat", "then")
+        places, trouble, count = failing.passed, Trouble(), await rewound(box, 0, None)
+        for place in places:
+            failing.passed, failing.wanted, error = [], place, None
+            with trouble.at(place):
+                try:
+                    await engine.restore("fat", "then")
+                except RametError as failed:
+                    error = failed
+                failing.wanted = ""
+                count = await rewound(box, count, error)
+        trouble.check()
+        assert len(places) > 2

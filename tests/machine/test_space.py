@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from ramet.engine import Engine
-from ramet.errors import NoSpaceError, OutcomeUnknownError
-from ramet.model import State
+from ramet.errors import NoSpaceError, StateError
+from ramet.model import Event, Machine, State
 from ramet.paths import StateDir
 from tests.fixtures import Artifacts, Box, States, opened
 
+DEADLINE = 120.0
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 
 
@@ -53,25 +55,93 @@ async def test_no_space_while_creating(small: StateDir, artifacts: Artifacts, le
         assert (await engine.create(artifacts.spec("fat"))).state is State.RUNNING
 
 
+WRITE = "dd if=/dev/urandom of=/big bs=1M count=8 2>/dev/null; sync; md5sum < /big > /sum; sync; echo written"
+WRITING = f"setsid sh -c '{WRITE}' > /dev/null 2>&1 < /dev/null &"
+VERIFY = "echo 3 > /proc/sys/vm/drop_caches; md5sum < /big | cmp - /sum && cat /kept"
+
+
+async def stuck(engine: Engine, happening: AsyncIterator[Event], state: State = State.PAUSED) -> Machine:
+    """When it stands still for want of room, or whatever else it is to be."""
+    async with asyncio.timeout(DEADLINE):
+        while (await anext(happening)).state is not state:
+            pass
+    return await engine.get("fat")
+
+
 @needs_root
 async def test_no_space_while_a_machine_runs(small: StateDir, artifacts: Artifacts) -> None:
-    """The host is full while the guest writes: it is told at once, with the reason, and after making room what the guest had synced is there."""
+    """The host is full while the guest writes: it stands still, with the reason, and goes on when there is room. Nothing is lost, not even the command."""
     async with opened(small) as engine:
         await engine.create(artifacts.spec("fat"))
         box = Box(engine, "fat")
         await box.sh("echo kept > /kept; sync")
         ballast, happening = fill(small, 1 << 20), engine.events("fat")
-        with pytest.raises(OutcomeUnknownError, match="no space left on the host's disk"):
-            await box.sh("dd if=/dev/urandom of=/big bs=1M count=20; sync")
-        async with asyncio.timeout(60):
-            while (await anext(happening)).state is not State.FAILED:
-                pass
-        found = await engine.get("fat")
-        assert found.state is State.FAILED
-        assert "no space left" in found.reason
+        writing = asyncio.create_task(box.text(WRITE, timeout=DEADLINE))
+        found = await stuck(engine, happening)
+        assert found.reason.startswith("the host's disk is full")
+        with pytest.raises(NoSpaceError, match="cannot go on"):
+            await engine.resume("fat")
+        with pytest.raises(StateError):
+            await box.sh("true")
+        assert not writing.done()
         ballast.unlink()
-        assert (await engine.start("fat")).state is State.RUNNING
-        assert await box.text("cat /kept") == "kept"
+        found = await stuck(engine, happening, State.RUNNING)
+        assert found.reason == ""
+        assert await writing == "written"
+        assert await box.text(VERIFY) == "kept"
+
+
+@needs_root
+async def test_a_machine_without_space_outlives_its_daemon(small: StateDir, artifacts: Artifacts) -> None:
+    """Its state could not be written down: the next daemon finds it out by looking."""
+    async with contextlib.AsyncExitStack() as stack:
+        async with Engine.open(small) as engine:
+            stack.push_async_callback(emptied, small)
+            await engine.create(artifacts.spec("fat"))
+            await Box(engine, "fat").sh("echo kept > /kept; sync")
+            await Box(engine, "fat").sh(WRITING)
+            ballast, happening = fill(small, 0), engine.events("fat")
+            await stuck(engine, happening)
+        for _ in range(2):
+            async with Engine.open(small) as engine:
+                found = await engine.get("fat")
+                assert (found.state, found.reason[:23]) == (State.PAUSED, "the host's disk is full")
+        async with Engine.open(small) as engine:
+            happening = engine.events("fat")
+            ballast.unlink()
+            await stuck(engine, happening, State.RUNNING)
+            async with asyncio.timeout(DEADLINE):
+                while not await Box(engine, "fat").text("cat /sum 2>/dev/null || true"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+            assert await Box(engine, "fat").text(VERIFY) == "kept"
+
+
+async def emptied(state: StateDir) -> None:
+    async with opened(state):
+        pass
+
+
+@needs_root
+@pytest.mark.parametrize("verb", ["stop", "stop --force", "delete", "pause"])
+async def test_what_is_done_to_a_machine_without_space(small: StateDir, artifacts: Artifacts, verb: str) -> None:
+    async with opened(small) as engine:
+        await engine.create(artifacts.spec("fat"))
+        await Box(engine, "fat").sh("echo kept > /kept; sync")
+        await Box(engine, "fat").sh(WRITING)
+        ballast, happening = fill(small, 0), engine.events("fat")
+        await stuck(engine, happening)
+        async with asyncio.timeout(DEADLINE):
+            if verb == "delete":
+                await engine.delete("fat")
+                assert await engine.list() == []
+            elif verb == "pause":
+                with pytest.raises(StateError):
+                    await engine.pause("fat")
+            else:
+                assert (await engine.stop("fat", force=verb != "stop")).state is State.STOPPED
+                ballast.unlink()
+                await engine.start("fat")
+                assert await Box(engine, "fat").text("cat /kept") == "kept"
 
 
 async def test_an_engine_that_finds_no_space_says_so(small: StateDir) -> None:

@@ -139,6 +139,7 @@ class Vm:
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().add_reader(pidfd, self._ended)
         self.on_agent_lost: Callable[[], None] = lambda: None
+        self.on_stuck: Callable[[], None] = lambda: self.lose("the host's disk is full")
         self.agent_closed = False
         self.lost_because = ""
         self.still = False  # paused, by us
@@ -231,6 +232,11 @@ class Vm:
             last = (tail(self.files.qemu_log).strip().splitlines() or ["no message"])[-1]
             raise MachineFailedError(f"QEMU could not load the snapshot's device state: {last}", details={"log": tail(self.files.qemu_log)})
 
+    @property
+    def stuck(self) -> bool:
+        """Whether QEMU stopped the cpus, for the host's disk is full."""
+        return self._stuck.done()
+
     async def running(self) -> bool:
         """Whether the cpus run."""
         return bool((await self.monitor("query-status"))["running"])
@@ -276,8 +282,14 @@ class Vm:
 
     async def unpause(self, who: Identity | None = None) -> None:
         """Go on with the time that it is now. who: under a new identity, for a machine that was parked."""
-        await self.monitor("cont")
-        self.still = False
+        if self._stuck.done():
+            self._stuck = asyncio.get_running_loop().create_future()
+        self.still = False  # first: it may be stopped again before we hear that it went on
+        try:
+            await self.monitor("cont")
+        except BaseException:
+            self.still = True
+            raise
         if self._guest is None or self._guest.closed.done():  # another daemon paused it
             await self.connect_agent(deadline=BOOT_DEADLINE / 3, resync=True)
         else:
@@ -320,7 +332,8 @@ class Vm:
 
     def _event(self, name: str, data: dict[str, Any]) -> None:
         if name == "VSERPORT_CHANGE" and data.get("id") == "agent" and not data.get("open"):
-            self._lose("it closed its port")
+            self.agent_closed = True
+            self.lose("it closed its port")
         elif name == "MIGRATION" and data.get("status") in ("completed", "failed"):
             if self._loaded and not self._loaded.done():
                 self._loaded.set_result(str(data["status"]))
@@ -329,15 +342,12 @@ class Vm:
             self.balloon_changed.set()
         elif name == "BLOCK_IO_ERROR" and data.get("action") == "stop":
             # QEMU's default for a full disk: the guest stands still instead of being told of an error that it would answer with a read-only disk.
-            why = "no space left on the host's disk" if data.get("nospace") else str(data.get("reason"))
-            reason = f"QEMU paused the machine: {why}; free some, then stop and start it"
             if not self._stuck.done():
-                self._stuck.set_result(NoSpaceError(reason) if data.get("nospace") else MachineFailedError(reason))
-            self._lose(reason)
+                self._stuck.set_result(NoSpaceError("QEMU paused the machine: no space left on the host's disk for what it writes"))
+            self.on_stuck()
 
-    def _lose(self, reason: str) -> None:
-        """The agent will not answer again by itself."""
-        self.agent_closed = True
+    def lose(self, reason: str) -> None:
+        """The agent does not answer any more; all that is under way has failed."""
         if self._guest:
             self._guest.abort(reason)
 
