@@ -15,9 +15,8 @@ from ramet.vm.machine import Vm
 
 FULL = "the host's disk is full"  # how such a machine's reason begins
 REASON = f"{FULL}: it stands still, and goes on when there is room"
-_ENOUGH = (
-    64 << 20
-)  # bytes that must be free before machines go on, or a part of the disk where that is less: what is little is used up at once
+# Bytes that must be free before machines go on, or so small a part of the disk where that is less: little would be used up at once.
+_ENOUGH = 64 << 20
 _PART = 16
 _LOOK = 2.0  # seconds between two looks at the disk: it tells nobody
 
