@@ -56,7 +56,7 @@ async def test_no_space_while_creating(small: StateDir, artifacts: Artifacts, le
 
 
 WRITE = "dd if=/dev/urandom of=/big bs=1M count=8 2>/dev/null; sync; md5sum < /big > /sum; sync; echo written"
-WRITING = f"setsid sh -c '{WRITE}' > /dev/null 2>&1 < /dev/null &"
+WRITING = f"setsid sh -c 'sleep 2; {WRITE}' > /dev/null 2>&1 < /dev/null &"
 VERIFY = "echo 3 > /proc/sys/vm/drop_caches; md5sum < /big | cmp - /sum && cat /kept"
 
 
