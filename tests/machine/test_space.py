@@ -138,7 +138,9 @@ async def test_what_is_done_to_a_machine_without_space(small: StateDir, artifact
                 with pytest.raises(StateError):
                     await engine.pause("fat")
             else:
-                assert (await engine.stop("fat", force=verb != "stop")).state is State.STOPPED
+                stopped = await engine.stop("fat", force=verb != "stop")
+                assert stopped.state is State.STOPPED
+                assert verb != "stop" or "the host's disk is full" in stopped.reason
                 ballast.unlink()
                 await engine.start("fat")
                 assert await Box(engine, "fat").text("cat /kept") == "kept"

@@ -370,13 +370,17 @@ class Vm:
             rude = f"the agent could not be asked ({error.message}); the power button was pressed"
             if not await self._tell_qemu("system_powerdown"):
                 deadline = 0  # QEMU itself does not answer: there is nobody to wait for
-        if not await self._dies_within(deadline):
+        ends: set[asyncio.Future[None] | asyncio.Future[RametError]] = {self.dead, self._stuck}
+        await asyncio.wait(ends, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        if not self.dead.done():
             rude = (
-                f"the guest did not power off within {deadline:.0f} s; it was cut off"
+                "the host's disk is full, so the guest could not power off; it was cut off"
+                if self.stuck
+                else f"the guest did not power off within {deadline:.0f} s; it was cut off"
                 if deadline
                 else "QEMU did not answer; it was cut off"
             )
-            if not deadline or not await self._tell_qemu("quit") or not await self._dies_within(5):
+            if self.stuck or not deadline or not await self._tell_qemu("quit") or not await self._dies_within(5):
                 rude += " with SIGKILL"
         await kill(self.files)
         return rude
