@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -18,10 +19,14 @@ import uvicorn
 
 from ramet import locks
 from ramet.engine import Engine
-from ramet.errors import DaemonError
+from ramet.errors import DaemonError, RametError
 from ramet.paths import StateDir
 from ramet.server.app import create_app
 from ramet.service import READY, ensure_running, status, stop
+from ramet.store.disk import replace
+
+_RESERVE = 2 << 20  # bytes: a start writes 200 KB, most of it the database's
+_ENOUGH = 4 * _RESERVE
 
 __all__ = ["embedded", "ensure_running", "run", "serve", "status", "stop", "token"]
 
@@ -36,9 +41,21 @@ def _only_one(state: StateDir) -> Iterator[None]:
             f"another daemon holds {state.root}", hint="`ramet daemon status` shows it; RAMET_HOME names another state directory."
         )
     try:
+        _spare(state)
         yield
     finally:
         os.close(fd)
+
+
+def _spare(state: StateDir) -> None:
+    """A full disk must not keep from starting who is needed to make room on it: for that a little is put by while there is enough."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(state.root).free
+        if free < _RESERVE:
+            state.reserve.unlink(missing_ok=True)
+        elif free > _ENOUGH and not state.reserve.exists():
+            with open(state.reserve, "xb") as file:
+                os.posix_fallocate(file.fileno(), 0, _RESERVE)
 
 
 @contextlib.asynccontextmanager
@@ -87,9 +104,8 @@ def _listen(state: StateDir) -> socket.socket:
 
 def _announce(state: StateDir, server: socket.socket) -> None:
     """Where clients find us, published whole."""
-    new = state.daemon.with_suffix(".new")
-    new.write_text(json.dumps({"pid": os.getpid(), "url": f"http://127.0.0.1:{server.getsockname()[1]}"}))
-    new.rename(state.daemon)
+    found = {"pid": os.getpid(), "url": f"http://127.0.0.1:{server.getsockname()[1]}"}
+    replace(state.daemon, json.dumps(found).encode(), durable=False)
 
 
 class _Server(uvicorn.Server):
@@ -128,7 +144,7 @@ def run(root: Path, ready: int | None = None) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     try:
         asyncio.run(serve(StateDir(root=root), ready))
-    except DaemonError as error:
+    except RametError as error:
         sys.exit(f"error: {error.message}\nhint: {error.hint}")
 
 

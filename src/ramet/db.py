@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from ramet.records import dump
 
 T = TypeVar("T")
 R = TypeVar("R", "Record", Snapshot)
+_SHARED = 32 << 10  # bytes that the index of a write-ahead log takes (https://sqlite.org/walformat.html)
 _METADATA = sa.MetaData()
 MACHINES = sa.Table(
     "machines",
@@ -131,9 +133,10 @@ def _migrate(url: str) -> None:
 class Database:
     """One thread does all the work, in order; the event loop never waits for a disk."""
 
-    def __init__(self, engine: sa.Engine, worker: ThreadPoolExecutor) -> None:
+    def __init__(self, engine: sa.Engine, worker: ThreadPoolExecutor, place: Path) -> None:
         self._engine = engine
         self._worker = worker
+        self._place = place
 
     @classmethod
     @asynccontextmanager
@@ -148,7 +151,7 @@ class Database:
                 connection.execute(f"PRAGMA {pragma}")
 
         worker = ThreadPoolExecutor(1, thread_name_prefix="database")
-        database = cls(engine, worker)
+        database = cls(engine, worker, path.parent)
         try:
             await database._in_worker(lambda: _migrate(url))
             yield database
@@ -164,7 +167,8 @@ class Database:
                 "a machine or snapshot of that name exists already", hint="`ramet list` and `ramet snapshots` show it."
             ) from error
         except DatabaseError as error:
-            if "full" in str(error.orig):
+            # Where there is none for the file that readers of a WAL share, SQLite calls it an I/O error.
+            if "full" in str(error.orig) or shutil.disk_usage(self._place).free < _SHARED:
                 raise NoSpaceError("the database cannot be written: no space left on the disk") from error
             raise HostError(f"the database cannot be used: {error.orig}") from error
 

@@ -5,6 +5,7 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
   daemon.json               pid and address of the running daemon
   daemon.log
   token                     the bearer token (0600), made at the first start
+  reserve                   a little of the disk, given up for the start of a daemon when it is full
   ramet.db                  SQLite, WAL
   kvm.json                  the cached result of the KVM probe
   pushes.json               which registry has which blobs and snapshots, and uploads that can go on
@@ -34,6 +35,8 @@ STATE/                      $RAMET_HOME, else $XDG_DATA_HOME/ramet, else ~/.loca
   snapshots/ID/             published by rename, before the database knows; the layers are in store/
     snapshot.json           its record as it was made
     state                   QEMU's devices, for those with memory
+  machines/.before-ID/      what a machine was that is being rewound, with the record that it had in before.json
+  machines/.deleting-*/     being removed
   machines/ID/
     disk.json               which overlay of each disk is the machine's own, and what it stands on
     disk-N.qcow2            overlays of the root disk: more than one only in the middle of a save
@@ -262,6 +265,10 @@ class StateDir:
     @property
     def lock(self) -> Path:
         return self.root / "daemon.lock"
+
+    @property
+    def reserve(self) -> Path:
+        return self.root / "reserve"
 
     @property
     def daemon(self) -> Path:

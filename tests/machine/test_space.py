@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ramet import service
 from ramet.engine import Engine
-from ramet.errors import NoSpaceError, StateError
+from ramet.errors import DaemonError, NoSpaceError, StateError
 from ramet.model import Event, Machine, State
 from ramet.paths import StateDir
 from tests.fixtures import Artifacts, Box, States, opened
@@ -144,6 +145,25 @@ async def test_what_is_done_to_a_machine_without_space(small: StateDir, artifact
                 ballast.unlink()
                 await engine.start("fat")
                 assert await Box(engine, "fat").text("cat /kept") == "kept"
+
+
+@needs_root
+async def test_a_daemon_starts_on_a_full_disk(small: StateDir) -> None:
+    """For it is needed to make room."""
+    for _ in range(2):
+        await service.ensure_running(small)
+        await service.stop(small)
+        assert small.reserve.stat().st_blocks
+        ballast = fill(small, 0)
+        await service.ensure_running(small)
+        assert not small.reserve.exists()
+        await service.stop(small)
+        ballast.unlink()
+    fill(small, 0)
+    with pytest.raises(DaemonError) as caught:
+        await service.ensure_running(small)
+    assert "no space left" in caught.value.details["log"]
+    assert "Traceback" not in caught.value.details["log"]
 
 
 async def test_an_engine_that_finds_no_space_says_so(small: StateDir) -> None:
