@@ -148,16 +148,17 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
             machine.still = True
             ops.watch(entry, machine)
             return
-        if not await machine.running():
+        status = await machine.status()
+        if status == "io-error":  # it would take what room there is for the daemon
+            _stand_still(ops, entry, machine)
+            return
+        if status != "running":
             log.info("%s stood still when the daemon ended: it goes on", entry.record.name)
             await machine.monitor("cont")
         await machine.connect_agent(deadline=vm.BOOT_DEADLINE / 3, resync=True)
     except RametError as error:
         if entry.vm and entry.vm.stuck:
-            ops.watch(entry, entry.vm)
-            entry.vm.still = True
-            ops.note(entry, state=State.PAUSED, reason=spacewatch.REASON)
-            ops.on_stuck(entry, entry.vm)
+            _stand_still(ops, entry, entry.vm)
             return
         if waits and vm.is_alive(files):
             if entry.vm:
@@ -172,6 +173,14 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
         await ops.set(entry, state=State.RUNNING)
     ops.watch(entry, machine)
     await restoring.open_ports(ops, entry)
+
+
+def _stand_still(ops: Operations, entry: Entry, machine: Vm) -> None:
+    """The disk is full: until there is room."""
+    ops.watch(entry, machine)
+    machine.still = True
+    ops.note(entry, state=State.PAUSED, reason=spacewatch.REASON)
+    ops.on_stuck(entry, machine)
 
 
 async def _adopt_later(ops: Operations, entry: Entry) -> None:

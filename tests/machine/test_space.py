@@ -19,6 +19,7 @@ from ramet.paths import StateDir
 from tests.fixtures import Artifacts, Box, States, opened
 
 DEADLINE = 120.0
+LITTLE = 512 << 10  # bytes: enough for a daemon, too little for guests
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 
 
@@ -103,10 +104,13 @@ async def test_a_machine_without_space_outlives_its_daemon(small: StateDir, arti
             await Box(engine, "fat").sh(WRITING)
             ballast, happening = fill(small, 0), engine.events("fat")
             await stuck(engine, happening)
+        os.truncate(ballast, ballast.stat().st_size - LITTLE)
         for _ in range(2):
             async with Engine.open(small) as engine:
                 found = await engine.get("fat")
                 assert (found.state, found.reason[:23]) == (State.PAUSED, "the host's disk is full")
+                free = os.statvfs(small.root)
+                assert free.f_bavail * free.f_frsize > LITTLE / 2, "that is not for the guest"
         async with Engine.open(small) as engine:
             happening = engine.events("fat")
             ballast.unlink()

@@ -239,7 +239,11 @@ class Vm:
 
     async def running(self) -> bool:
         """Whether the cpus run."""
-        return bool((await self.monitor("query-status"))["running"])
+        return await self.status() == "running"
+
+    async def status(self) -> str:
+        """QEMU's `RunState` (https://qemu.org/docs/master/interop/qemu-qmp-ref.html): `running`, `paused`, `io-error`: the disk was full."""
+        return str((await self.monitor("query-status"))["status"])
 
     async def connect_agent(self, *, deadline: float, resync: bool) -> None:
         """Connect to the agent, waiting for the guest to boot; fails at once when QEMU dies meanwhile."""
