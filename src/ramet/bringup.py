@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -97,6 +98,13 @@ async def service(guest: Guest, wanted: Spec, image: ImageConfig) -> None:
         async for event in events:
             if isinstance(event, Started):
                 return
+
+
+async def clear(files: MachineDir) -> None:
+    """End what lives in a machine's directory, and remove it, where there is one. HostError when something in it cannot be."""
+    await vm.kill(files)
+    if files.root.exists():
+        await asyncio.to_thread(remove_tree, files.root)
 
 
 def remove_tree(path: Path) -> None:

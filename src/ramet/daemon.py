@@ -72,10 +72,7 @@ def token(state: StateDir) -> str:
         if found := state.token.read_text().strip():
             return found
     made = secrets.token_urlsafe(32)
-    fd = os.open(state.token.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(fd, "w") as file:
-        file.write(made + "\n")
-    state.token.with_suffix(".new").rename(state.token)
+    replace(state.token, f"{made}\n".encode(), durable=False)
     return made
 
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from ramet import compacting, lineage, recovery, restoring, rewinding, saving, slimming, snapshot
+from ramet import bringup, compacting, lineage, recovery, restoring, rewinding, saving, slimming, snapshot
 from ramet import spec as specs
 from ramet.db import Record
 from ramet.errors import DependentsError, ExistsError, MachineFailedError, NoCapacityError, RametError, SpecError
@@ -408,7 +408,7 @@ class Forks:
         """After a restart of the daemon: finish what the old one had begun."""
         for files in restoring.tests_left(self._ops.state.machines):
             log.info("a test of a snapshot was cut off: %s", files.root.name)
-            await restoring.end_test(files)
+            await bringup.clear(files)
         for entry in list(self._ops.entries.values()):
             record = entry.record
             # The snapshot of a fork that was cut off was never recorded, and its child never ran.

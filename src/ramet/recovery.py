@@ -30,8 +30,7 @@ async def reconcile(ops: Operations) -> None:
     """After this, every machine's record is true."""
     for doomed in [*ops.state.machines.glob(".deleting-*"), *ops.state.snapshots.glob(".new-*"), *ops.state.snapshots.glob(".deleting-*")]:
         log.info("finishing the removal of %s", doomed.name)
-        await vm.kill(MachineDir(root=doomed))  # of a rewinding
-        await asyncio.to_thread(bringup.remove_tree, doomed)
+        await bringup.clear(MachineDir(root=doomed))  # what was put aside for a rewinding may live
     await asyncio.to_thread(_remove_unwritten, ops.state.root)
     if not locks.is_held(ops.state.store.lock):
         await ops.layers.stop()  # what a keeper that died has left
@@ -179,7 +178,7 @@ def _stand_still(ops: Operations, entry: Entry, machine: Vm) -> None:
     """The disk is full: until there is room."""
     ops.watch(entry, machine)
     machine.still = True
-    ops.note(entry, state=State.PAUSED, reason=spacewatch.REASON)
+    spacewatch.stand_still(ops, entry)
     ops.on_stuck(entry, machine)
 
 

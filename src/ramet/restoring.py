@@ -20,7 +20,7 @@ from ramet.store import mounting, remote, tracing
 from ramet.store.fetching import Fetcher
 from ramet.store.layer import is_id
 from ramet.vm import balloon
-from ramet.vm.machine import Vm, kill
+from ramet.vm.machine import Vm
 
 ANSWER_DEADLINE = 60.0  # seconds until the agent of a restored machine has answered: 0.1, on an idle host
 # Seconds that what is read still counts as the start's once commands can run: what the first ones need is waited for as well. Nothing tells that they are over.
@@ -90,9 +90,8 @@ async def bring_back(ops: Operations, entry: Entry, found: Snapshot, whole: asyn
     if any(getattr(entry.record, name) != value for name, value in after.items()):
         await ops.set(entry, **after)  # before anything runs: a collection of layers must see what it needs
     if remote.is_any(ops.state.store):
-        fetch_later(
-            ops, f"what {found.title} needs at its start", lambda fetcher: fetcher.trace(found.layers)
-        )  # what an earlier start touched
+        # What an earlier start touched is fetched before it is asked for.
+        fetch_later(ops, f"what {found.title} needs at its start", lambda fetcher: fetcher.trace(found.layers))
     async with _traced_once(ops, found):
         await _go_on_from(ops, entry, found, whole, began)
 
@@ -175,7 +174,7 @@ async def test(ops: Operations, found: Snapshot) -> str:
     except RametError as error:
         return mounting.unserved(ops.state.store, found.memory_layer, began) or error.message
     finally:
-        await end_test(files)
+        await bringup.clear(files)
     return ""
 
 
@@ -230,9 +229,3 @@ def end_traces(ops: Operations) -> None:
 def tests_left(state_machines: Path) -> list[MachineDir]:
     """Directories of tests that a crash interrupted."""
     return [MachineDir(root=path) for path in state_machines.glob(f"{_TEST}*")]
-
-
-async def end_test(files: MachineDir) -> None:
-    """Remove what is left of one."""
-    await kill(files)
-    await asyncio.to_thread(bringup.remove_tree, files.root)

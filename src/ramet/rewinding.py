@@ -75,8 +75,7 @@ def _aside(state: StateDir, machine_id: str) -> MachineDir:
 async def _remove(doomed: MachineDir) -> None:
     """Left to the next daemon where it fails."""
     try:
-        await vm.kill(doomed)
-        await asyncio.to_thread(bringup.remove_tree, doomed.root)
+        await bringup.clear(doomed)
     except RametError as error:
         log.warning("what a machine was before it was rewound: %s", error.message)
 
@@ -98,9 +97,7 @@ async def _take_back(state: StateDir, machine_id: str) -> None:
     """The directory, with what lives in it."""
     files, place = state.machine(machine_id), _aside(state, machine_id)
     if place.root.exists():
-        await vm.kill(files)
-        if files.root.exists():
-            await asyncio.to_thread(bringup.remove_tree, files.root)
+        await bringup.clear(files)
         place.root.rename(files.root)
     _signal(files, signal.SIGCONT)
 

@@ -11,10 +11,9 @@ from collections.abc import Awaitable, Callable
 from ramet.errors import MachineFailedError, NoSpaceError, RametError
 from ramet.model import State
 from ramet.operations import Entry, Operations, log
-from ramet.vm.machine import Vm
+from ramet.vm.machine import FULL, Vm
 
-FULL = "the host's disk is full"  # how such a machine's reason begins
-REASON = f"{FULL}: it stands still, and goes on when there is room"
+_REASON = f"{FULL}: it stands still, and goes on when there is room"
 # Bytes that must be free before machines go on, or so small a part of the disk where that is less: little would be used up at once.
 _ENOUGH = 64 << 20
 _PART = 16
@@ -51,7 +50,7 @@ class Spacewatch:
             return
         machine.still = True
         if entry.operation:
-            machine.lose(REASON)
+            machine.lose(_REASON)
         else:
             with contextlib.suppress(MachineFailedError):
                 machine.guest.hold()
@@ -68,9 +67,7 @@ class Spacewatch:
         if entry.operation:
             self._ops.spawn(self._hold(entry, machine))
             return
-        # Not on the disk, which is full. A daemon that starts anew finds it out by looking.
-        self._ops.note(entry, state=State.PAUSED, reason=REASON)
-        log.warning("%s: %s", entry.record.name, REASON)
+        stand_still(self._ops, entry)
         self.begin()
 
     async def _look(self) -> None:
@@ -85,6 +82,12 @@ class Spacewatch:
                     else:
                         log.info("%s goes on: there is room on the disk again", entry.record.name)
             await asyncio.sleep(_LOOK)
+
+
+def stand_still(ops: Operations, entry: Entry) -> None:
+    """It counts as paused, with the reason. Not on the disk, which is full: a daemon that starts anew finds it out by looking."""
+    ops.note(entry, state=State.PAUSED, reason=_REASON)
+    log.warning("%s: %s", entry.record.name, _REASON)
 
 
 def _waits(entry: Entry) -> bool:

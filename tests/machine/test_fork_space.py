@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import subprocess
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from ramet.paths import StateDir
 from ramet.store import disk
 from tests.fixtures import Artifacts, Box, States
 from tests.machine.aftermath import DEADLINE, Trouble, busy, note, notes, settled, sound, swept, went_on
+from tests.machine.fullness import fill, mounted
 
 SIZE = 192 << 20
 # Where it strikes: the database, the next overlay, the devices' state, the pages, the layers' own files, the compressed pages.
@@ -31,32 +31,14 @@ def small(states: States, tmp_path: Path) -> Iterator[StateDir]:
     """A state directory on a file system of its own."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
-    root = tmp_path / "small"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE},mode=700", "ramet-test", str(root)], check=True)
-    yield states.new(root)
-    states.scratch.states.pop()
-    subprocess.run(["umount", str(root)], check=True)
+    with mounted(states, tmp_path / "small", SIZE) as made:
+        yield made
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def cramped(small: StateDir) -> AsyncIterator[Engine]:
     async with swept(small) as engine:
         yield engine
-
-
-def fill(state: StateDir, left: int) -> Path:
-    """Take all of the space but `left` bytes."""
-    ballast = state.root / "ballast"
-    with open(ballast, "wb") as file:
-        for _ in range(100):
-            free = os.statvfs(state.root)
-            try:
-                os.posix_fallocate(file.fileno(), 0, max(4096, free.f_bavail * free.f_frsize - left))
-                break
-            except OSError as error:
-                assert error.errno == errno.ENOSPC  # a guest has written meanwhile
-    return ballast
 
 
 async def fork(engine: Engine) -> None:

@@ -18,6 +18,7 @@ from ramet.model import Command, Result, State
 from ramet.paths import StateDir
 from ramet.pressure import HostSample, Limits
 from tests.fixtures import Artifacts, Box, States, opened
+from tests.machine.doomed import parked
 
 DEADLINE = 240.0
 # As the product's, in tenths of the time; an emulated guest on a busy host may use what it likes of a processor.
@@ -161,13 +162,6 @@ async def test_a_guest_that_hangs_keeps_nobody_up(watched: Engine, gauge: Gauge,
     assert await Box(watched, "hung").text("hostname", timeout=DEADLINE) == "hung"
 
 
-async def pooled(engine: Engine, wanted: int) -> None:
-    """When so many machines are parked for the template; nobody tells."""
-    async with asyncio.timeout(DEADLINE):
-        while (await engine.get_snapshot("spare")).pooled != wanted:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-
-
 async def test_parked_machines_are_ended_and_parked_again(
     watched: Engine, gauge: Gauge, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,14 +170,14 @@ async def test_parked_machines_are_ended_and_parked_again(
     await watched.snapshot("stem", "warm", test=False)
     async with used(Box(watched, "stem")) as running:
         await watched.template("stem@warm", label="spare", pool=2)
-        await pooled(watched, 2)
+        await parked(watched, 2)
         gauge.show(LOW)
-        await pooled(watched, 0)
+        await parked(watched, 0)
         await gauge.pass_by(8)
         assert (await watched.get_snapshot("spare")).pooled == 0, "not before there is room"
         gauge.show(ENOUGH)
-        await pooled(watched, 2)
+        await parked(watched, 2)
         assert (await watched.create_from("spare", "claimed")).state is State.RUNNING
         assert not running.done()
         await watched.template("spare", pool=0)
-        await pooled(watched, 0)
+        await parked(watched, 0)

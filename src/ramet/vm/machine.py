@@ -22,6 +22,7 @@ from ramet.vm import argv
 
 T = TypeVar("T")
 
+FULL = "the host's disk is full"  # why QEMU stops a machine
 LOG_CAP = 1 << 20  # bytes; of each log the shim keeps at most twice this
 TAIL = 4096  # bytes of a log that an error shows
 SPAWN_DEADLINE = 30.0
@@ -139,10 +140,10 @@ class Vm:
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().add_reader(pidfd, self._ended)
         self.on_agent_lost: Callable[[], None] = lambda: None
-        self.on_stuck: Callable[[], None] = lambda: self.lose("the host's disk is full")
+        self.on_stuck: Callable[[], None] = lambda: self.lose(FULL)
         self.agent_closed = False
         self.lost_because = ""
-        self.still = False  # paused, by us
+        self.still = False  # paused by us, or by QEMU for want of room
         self.granted: int | None = None  # bytes that the balloon leaves the guest, where that is known
         self.balloon_target = 0
         self.balloon_changed = asyncio.Event()
@@ -378,7 +379,7 @@ class Vm:
         await asyncio.wait(ends, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
         if not self.dead.done():
             rude = (
-                "the host's disk is full, so the guest could not power off; it was cut off"
+                f"{FULL}, so the guest could not power off; it was cut off"
                 if self.stuck
                 else f"the guest did not power off within {deadline:.0f} s; it was cut off"
                 if deadline
