@@ -122,7 +122,7 @@ async def _snapshots(ops: Operations) -> list[Problem]:
 async def _broken(ops: Operations, snapshot_id: str, why: str) -> None:
     """Nobody starts from it any more; what there is of it stays."""
     if snapshot_id in ops.snapshots:
-        await ops.set_snapshot(snapshot_id, state=SnapshotState.BROKEN, reason=why)
+        await ops.snapshots.change(snapshot_id, state=SnapshotState.BROKEN, reason=why)
 
 
 def _lost(ops: Operations, found: Snapshot) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ramet import locks
+from ramet import locks, process
 from ramet.engine import Engine
 from ramet.errors import DaemonError, RametError
 from ramet.paths import StateDir
@@ -101,7 +101,7 @@ def _listen(state: StateDir) -> socket.socket:
 
 def _announce(state: StateDir, server: socket.socket) -> None:
     """Where clients find us, published whole."""
-    found = {"pid": os.getpid(), "url": f"http://127.0.0.1:{server.getsockname()[1]}"}
+    found = {"pid": os.getpid(), "started": process.start_time(os.getpid()), "url": f"http://127.0.0.1:{server.getsockname()[1]}"}
     replace(state.daemon, json.dumps(found).encode(), durable=False)
 
 

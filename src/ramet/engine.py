@@ -139,6 +139,8 @@ class Engine:
 
     async def stop(self, name: str, *, force: bool = False) -> Machine:
         entry = self._entry(name)
+        if force and entry.sought:
+            await self._ops.cancel(entry)
         await self._ops.perform(entry, Operation.STOP, lambda e: self._ops.take_down(e, force=force))
         return await self._view(entry)
 
@@ -438,8 +440,9 @@ class Engine:
 
     def _guest(self, name: str, *, use: bool = True) -> Guest:
         entry = self._running(name, use=use)
+        entry.require_found()
         if entry.vm is None:
-            raise BusyError(f"{name} is being found again after a restart of the daemon", hint="Try again in a moment.")
+            raise BusyError(f"{name} has just ended", hint="`ramet list` shows why.")
         return entry.vm.guest
 
     def _user(self, name: str, user: str) -> str:

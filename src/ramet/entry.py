@@ -10,7 +10,7 @@ from ramet import capacity
 from ramet.capacity import Claim
 from ramet.commands import Forward
 from ramet.db import Record
-from ramet.errors import AbsentError, RametError, StateError
+from ramet.errors import AbsentError, BusyError, RametError, StateError
 from ramet.guest import Stream
 from ramet.lifecycle import Operation
 from ramet.model import Activity, ImageConfig
@@ -23,7 +23,7 @@ _NEED_NO_MEMORY = frozenset({Operation.STOP, Operation.DELETE, Operation.RESTORE
 @dataclass(eq=False)
 class Entry:
     """One machine. last_used: when somebody last used it; monotonic seconds. waiting: for what of its memory, which a registry has and does not give.
-    was: while it is rewound, its record from before, to which it may have to go back.
+    was: while it is rewound, its record from before, to which it may have to go back. sought: its QEMU is being looked for, after a restart of the daemon.
     """
 
     record: Record
@@ -34,11 +34,13 @@ class Entry:
     task: asyncio.Task[None] | None = None
     activity: Activity | None = None
     started: float = 0.0  # when its QEMU was; Unix time
+    sought: bool = False
     waiting: str = ""
     doom: str = ""  # why we are about to end its QEMU, in place of how that will look
     touched: list[tuple[int, int]] = field(default_factory=list)  # what children of earlier forks needed of its memory first
     streams: dict[int, Stream] = field(default_factory=dict)
     forwards: dict[int, Forward] = field(default_factory=dict)
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its record is written down
     last_used: float = field(default_factory=time.monotonic)
 
     @property
@@ -49,6 +51,14 @@ class Entry:
     def claim(self) -> Claim | None:
         """What it has of the host's memory."""
         return capacity.claim(self.record, self.operation, alive=bool(self.vm), granted=self.vm.granted if self.vm else None)
+
+    def require_found(self) -> None:
+        """BusyError where nobody knows yet what lives of it."""
+        if self.sought:
+            raise BusyError(
+                f"{self.record.name} is being found again after a restart of the daemon",
+                hint="Try again in a moment; `ramet stop --force` and `ramet delete` end it all the same.",
+            )
 
     def require_memory(self, operation: Operation) -> None:
         """StateError where the operation needs what the machine itself waits for."""

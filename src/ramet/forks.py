@@ -268,7 +268,7 @@ class Forks:
         if pool and not found.memory:
             raise SpecError(f"{name} has no memory: its machines would have to boot", hint="Make a snapshot with memory.")
         self._untaken(name, but=found.id)
-        changed = await self._ops.set_snapshot(found.id, name=name, template=True, pool=pool)
+        changed = await self._ops.snapshots.change(found.id, name=name, template=True, pool=pool)
         self.refill(changed)
         return changed
 
@@ -342,7 +342,7 @@ class Forks:
         return [
             each
             for each in self._ops.entries.values()
-            if each.record.pool == found.id and each.record.state is State.PAUSED and not each.operation
+            if each.record.pool == found.id and each.record.state is State.PAUSED and each.vm and not each.operation
         ]
 
     async def _claim(self, entry: Entry, found: Snapshot, name: str) -> Entry:
@@ -392,7 +392,7 @@ class Forks:
         doomed = place.with_name(f".deleting-{place.name}")
         with contextlib.suppress(FileNotFoundError):
             place.rename(doomed)  # first: a directory that the database does not know is taken for a snapshot that was being recorded
-        await self._ops.forget_snapshot(found)
+        await self._ops.snapshots.forget(found)
         await asyncio.to_thread(shutil.rmtree, doomed, True)
 
     async def sweep(self) -> None:

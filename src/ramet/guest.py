@@ -18,9 +18,9 @@ from ramet.patience import Patience
 
 __all__ = ["Guest", "Identity", "Stream"]
 
-SILENCE = (
-    60.0  # seconds without a byte, though asked, after which a guest counts as not answering: an emulated one with a busy host can be slow
-)
+# Seconds without a byte, though asked, after which a guest counts as not answering: an emulated one with a busy host can be slow.
+SILENCE = 60.0
+_ASKED = 3  # times that it was asked by then
 SHORT = 30.0  # deadline of calls that start nothing, in seconds
 _HIGH = 256 << 10  # bytes in the transport's buffer beyond which writers wait
 CLOCK_ERROR = 0.5  # seconds that a guest's clock may be behind when it is set: half of what is promised
@@ -66,6 +66,7 @@ class Guest(asyncio.Protocol):
         self._writable.set()
         self._silence = silence
         self._heard = loop.time()
+        self._asked = 0  # times since then
         self._watch: asyncio.TimerHandle | None = None
         self._patience = Patience()
         self._waiting = bytearray()  # what is to be sent when the machine goes on
@@ -149,7 +150,7 @@ class Guest(asyncio.Protocol):
         self._writable.set()
 
     def data_received(self, data: bytes) -> None:
-        self._heard = asyncio.get_running_loop().time()
+        self._heard, self._asked = asyncio.get_running_loop().time(), 0
         try:
             for frame in self._decoder.feed(data):
                 self._dispatch(frame)
@@ -231,7 +232,7 @@ class Guest(asyncio.Protocol):
             return
         waiting, self._waiting = bytes(self._waiting), bytearray()
         self._write(waiting)
-        self._heard = asyncio.get_running_loop().time()
+        self._heard, self._asked = asyncio.get_running_loop().time(), 0
         if self._streams and not self._watch:
             self._schedule()
 
@@ -358,7 +359,7 @@ class Guest(asyncio.Protocol):
         self.send(agentwire.open_frames(stream.number, op, flags, params))
         self._streams[stream.number] = stream
         if not self._watch:
-            self._heard = max(self._heard, asyncio.get_running_loop().time() - self._silence / 4)
+            self._heard = max(self._heard, asyncio.get_running_loop().time() - self._silence / (_ASKED + 1))
             self._schedule()
         return stream
 
@@ -371,7 +372,7 @@ class Guest(asyncio.Protocol):
             self.send(agentwire.frame(Kind.CLOSE, stream.number))
 
     def _schedule(self) -> None:
-        self._watch = asyncio.get_running_loop().call_later(self._silence / 4, self._check)
+        self._watch = asyncio.get_running_loop().call_later(self._silence / (_ASKED + 1), self._check)
 
     def _check(self) -> None:
         """While anything is under way: ask a guest that is silent, give up one that stays so."""
@@ -379,10 +380,11 @@ class Guest(asyncio.Protocol):
         if not self._streams or self._patience.held:
             return
         quiet = asyncio.get_running_loop().time() - self._heard
-        if quiet >= self._silence:
+        if quiet >= self._silence and self._asked >= _ASKED:  # else it was us who stood still
             self.abort(f"it did not answer for {self._silence:.0f} s")
             return
-        if quiet >= self._silence / 4:
+        if quiet >= self._silence / (_ASKED + 1):
+            self._asked += 1
             self.send(agentwire.open_frames(next(self._numbers), Op.PING, 0, ()))
         self._schedule()
 

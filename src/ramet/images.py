@@ -223,7 +223,8 @@ async def _workdir(images: Path) -> AsyncIterator[Path]:
         path = Path(tempfile.mkdtemp(prefix=_WORK, dir=images))
         if (lock := locks.try_lock(path)) is not None:
             break
-        # another's sweep came between the two: it removes the directory
+        with contextlib.suppress(OSError):  # a sweep came between the two, or somebody who only looked
+            path.rmdir()
     try:
         yield path
     finally:

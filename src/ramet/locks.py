@@ -11,19 +11,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+GLANCE = 0.5  # seconds after which a lock is somebody's, and not only looked at
 
-def try_lock(path: Path, flags: int = os.O_RDONLY) -> int | None:
-    """An fd that holds the lock on a file or directory until it is closed; None when another holds it or the path is gone."""
+
+def try_lock(path: Path, flags: int = os.O_RDONLY, *, patience: float = 0.0) -> int | None:
+    """An fd that holds the lock on a file or directory until it is closed; None when another holds it for longer than so many seconds, or the path is gone."""
     try:
         fd = os.open(path, flags | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    if not _names(path, fd):
+    if not _lock(fd, patience) or not _names(path, fd):
         os.close(fd)
         return None
     return fd
@@ -44,20 +41,28 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def take(path: Path) -> int | None:
+def take(path: Path, *, patience: float = GLANCE) -> int | None:
     """An fd that holds the lock on a file, made when it is not there, for as long as it or a copy that a program inherited is open.
 
-    None when another holds it, and for longer than one that only looks: then it is told from those by trying again for 0.2 s.
+    None when another holds it for longer than so many seconds: one that only looks holds it for less.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    for _ in range(20):
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            time.sleep(0.01)
+    if _lock(fd, patience):
+        return fd
     os.close(fd)
     return None
+
+
+def _lock(fd: int, patience: float) -> bool:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 from ramet import bringup, capacity, cgroup, disks, guestfs, images, lifecycle, locks
 from ramet.bus import Bus
 from ramet.capacity import Claim
+from ramet.catalogue import Catalogue
 from ramet.commands import Forward
 from ramet.db import Database, Record
 from ramet.entry import Entry
 from ramet.errors import BusyError, HostError, MachineFailedError, NoCapacityError, NoSpaceError, RametError, SpecError, StateError
 from ramet.host import Host
 from ramet.lifecycle import Operation
-from ramet.model import Activity, Event, Image, InitMode, Port, Snapshot, State
+from ramet.model import Activity, Event, Image, InitMode, Port, State
 from ramet.paths import MachineDir, StateDir
 from ramet.store import mounting
 from ramet.store.eviction import Evicted
@@ -54,7 +55,7 @@ class Operations:
         self.host = host
         self.bus = Bus()
         self.entries: dict[str, Entry] = {}
-        self.snapshots: dict[str, Snapshot] = {}
+        self.snapshots = Catalogue(database)
         self.db = database
         self.store = Store(state.store)
         self.layers = ImageFs(state.store)
@@ -81,6 +82,7 @@ class Operations:
                 hint="Wait for it; `ramet delete` ends it.",
                 details={"operation": entry.operation},
             )
+        entry.require_found()
         entry.require_memory(operation)
         during = lifecycle.begin(entry.record.name, entry.record.state, operation)
         if wanted := capacity.wanted(entry.record, operation, alive=bool(entry.vm)):
@@ -164,14 +166,15 @@ class Operations:
 
     async def set(self, entry: Entry, **changes: Any) -> None:
         """Change the record: on disk first, then in memory, then told, where it is the state or its reason."""
-        record = dataclasses.replace(entry.record, **changes)
-        try:
-            await self.db.update(record)
-        except NoSpaceError as error:
-            if record.state not in _FOUND_AGAIN:
-                raise
-            log.error("%s is %s, which is not on disk: %s", record.name, record.state, error.message)
-        self.replace(entry, record)
+        async with entry.writing:
+            record = dataclasses.replace(entry.record, **changes)
+            try:
+                await self.db.update(record)
+            except NoSpaceError as error:
+                if record.state not in _FOUND_AGAIN:
+                    raise
+                log.error("%s is %s, which is not on disk: %s", record.name, record.state, error.message)
+            self.note(entry, **changes)  # what was noted meanwhile stays
 
     def note(self, entry: Entry, **changes: Any) -> None:
         """Change the record in memory; the next `set` writes it, which the end of every operation does."""
@@ -387,21 +390,6 @@ class Operations:
         await self.cancel(entry)
         if entry.record.id in self.entries:
             await self.perform(entry, Operation.DELETE, self.remove)
-
-    async def set_snapshot(self, snapshot_id: str, **changes: Any) -> Snapshot:
-        """Change a snapshot's record: on disk first, then in memory."""
-        changed = dataclasses.replace(self.snapshots[snapshot_id], **changes)
-        await self.db.update_snapshot(changed)
-        self.snapshots[snapshot_id] = changed
-        return changed
-
-    async def forget_snapshot(self, found: Snapshot) -> None:
-        """Take a snapshot out of the records; those that stood on it stand on what it stood on."""
-        for each in list(self.snapshots.values()):
-            if each.parent == found.id:
-                await self.set_snapshot(each.id, parent=found.parent)
-        await self.db.delete_snapshot(found.id)
-        self.snapshots.pop(found.id, None)
 
     async def remove(self, entry: Entry) -> None:
         """End it, delete its directory, forget it; in an order in which a crash leaves a record to go on from."""

@@ -150,6 +150,22 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await asyncio.wait_for(process.wait(), KILL_GRACE)
     _kill_group(process.pid, signal.SIGKILL)
     await process.wait()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(KILL_GRACE):
+            while _is_group(process.pid):  # noqa: ASYNC110  (nothing tells when those that it started have ended)
+                await asyncio.sleep(0.005)
+
+
+def _is_group(pid: int) -> bool:
+    """Whether something of a process group still runs. What has ended does not count, though its parent may never ask for it."""
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    stats = (_stat(int(path.name)) for path in Path("/proc").glob("[0-9]*"))
+    return any(fields and fields[0] != "Z" and int(fields[2]) == pid for fields in stats)
 
 
 def _kill_group(pid: int, sig: signal.Signals) -> None:
@@ -233,23 +249,24 @@ def spawn_detached(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | N
 _detached: list[subprocess.Popen[bytes]] = []  # kept, for Popen reaps the ended ones of its kind only while somebody holds them
 
 
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot (field 22 of /proc/PID/stat); None when there is none. With the pid it names a process for good."""
+def _stat(pid: int) -> list[str]:
+    """What /proc/PID/stat says behind the program's name, from field 3 on; nothing when there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])
+        return []
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot (field 22); None when there is none. With the pid it names a process for good."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] != "Z" else None
 
 
 def cpu_time(pid: int) -> float:
-    """Seconds of processor time, user and system, that a process has used (fields 14 and 15 of /proc/PID/stat); 0 when there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    """Seconds of processor time, user and system, that a process has used (fields 14 and 15); 0 when there is none."""
+    fields = _stat(pid)
+    return (int(fields[11]) + int(fields[12])) / _TICKS if fields else 0.0
 
 
 async def gone(pidfd: int, deadline: float) -> bool:

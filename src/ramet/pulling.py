@@ -144,7 +144,7 @@ class _Pulling:
 
     async def _retire(self, old: Snapshot) -> None:
         """The tag means something else now. What stands on the old one keeps it, without a name."""
-        await self._ops.set_snapshot(old.id, name="", template=False, pool=0)
+        await self._ops.snapshots.change(old.id, name="", template=False, pool=0)
         for entry in [each for each in self._ops.entries.values() if each.record.pool == old.id]:
             await self._ops.drop(entry)
 

@@ -24,7 +24,7 @@ AGAIN = 60.0  # seconds after which a guest that did not do what it was told is 
 
 @dataclass(eq=False)
 class _Known:
-    """What is known of one QEMU's guest. since, first: when it was first seen, and its policy then; tuned: what it was told, or None; alone: its kernel
+    """What is known of one QEMU's guest. since: when it was first seen; first: the policy that it had then; tuned: what it was told, or None; alone: its kernel
     does the rest; due: when it is to be asked next; failed: until when it is left alone, after an error."""
 
     since: float
@@ -52,7 +52,7 @@ class Reclaimer:
         if not entry.vm:
             return
         now, policy = self._clock(), entry.record.spec.reclaim
-        known = self._known.setdefault(entry.vm, _Known(since=now, first=policy))
+        known = self._known.setdefault(entry.vm, _Known(since=now, first=entry.vm.reclaim or policy))
         inherits = entry.record.memory_layer and known.tuned is None and policy is known.first and now < known.since + INHERITED
         if now < known.failed or (inherits and not eager):
             return

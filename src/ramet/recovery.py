@@ -42,7 +42,8 @@ async def reconcile(ops: Operations) -> None:
         record = entry.record
         found = images.load(ops.state, record.image_digest) if record.image_digest else None
         entry.image = found.config if found else ImageConfig()
-        adopting.append(asyncio.create_task(recover(ops, entry)))
+        entry.sought, entry.task = True, asyncio.create_task(_find(ops, entry))
+        adopting.append(entry.task)
     for path in ops.state.machines.iterdir():
         if path.name not in ops.entries and not path.name.startswith("."):
             log.warning("%s belongs to no machine of the database; it is left alone", path)
@@ -68,7 +69,7 @@ async def _find_snapshots(ops: Operations) -> None:
     for snapshot in await ops.db.snapshots():
         ops.snapshots[snapshot.id] = snapshot
         if not ops.state.snapshot(snapshot.id).root.exists():
-            await ops.forget_snapshot(snapshot)
+            await ops.snapshots.forget(snapshot)
     for path in ops.state.snapshots.iterdir():
         if path.name in ops.snapshots:
             continue
@@ -80,6 +81,13 @@ async def _find_snapshots(ops: Operations) -> None:
             continue
         log.info("snapshot %s was whole, and is known again", found.title)
         ops.snapshots[found.id] = found
+
+
+async def _find(ops: Operations, entry: Entry) -> None:
+    try:
+        await recover(ops, entry)
+    finally:
+        entry.sought = False
 
 
 async def recover(ops: Operations, entry: Entry) -> None:

@@ -57,7 +57,9 @@ async def launch(ops: Operations, found: Snapshot, files: MachineDir, spec: Spec
     boot = await ops.host.boot(fresh=False)
     where = disks.arguments(ops.state, files, made, found.image_digest, boot.disk_io)
     config = bringup.config(spec, boot, ops.host.network, disks=where, memory_file=ops.state.store.served(found.memory_layer))
-    return await Vm.launch(files, config, boot.binaries.shim)
+    machine = await Vm.launch(files, config, boot.binaries.shim)
+    machine.reclaim = found.spec.reclaim
+    return machine
 
 
 async def go_on(ops: Operations, found: Snapshot, machine: Vm, who: Identity) -> None:

@@ -63,13 +63,13 @@ class Sealer:
         if snapshot_id not in self._ops.snapshots:
             return
         if test and found.memory and not reason:
-            await self._ops.set_snapshot(snapshot_id, state=SnapshotState.TESTING)
+            await self._ops.snapshots.change(snapshot_id, state=SnapshotState.TESTING)
             reason = await restoring.test(self._ops, found)
             if reason:
                 log.warning("%s did not pass its test: %s", found.title, reason)
         if snapshot_id in self._ops.snapshots:
             state = SnapshotState.BROKEN if reason else SnapshotState.READY
-            self._done(await self._ops.set_snapshot(snapshot_id, state=state, reason=reason))
+            self._done(await self._ops.snapshots.change(snapshot_id, state=state, reason=reason))
 
     async def compress(
         self,

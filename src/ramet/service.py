@@ -31,23 +31,34 @@ async def ensure_running(state: StateDir | None = None) -> None:
     finally:
         os.close(writer)
     answer = await _read_all(reader, START_DEADLINE)
-    if answer != READY and not status(state):  # another may have won the race
+    if answer != READY and not await _settled(state):  # another may have won the race
         tail = "\n".join(state.log.read_text(errors="replace").splitlines()[-process.TAIL_LINES :])
         raise DaemonError("the daemon did not start", hint=f"See {state.log}.", details={"log": tail})
 
 
 def status(state: StateDir) -> dict[str, object] | None:
-    """pid and url of the running daemon; None when none holds the state directory."""
+    """pid and url of the running daemon; None when none holds the state directory, or cannot be asked yet."""
     if locks.is_held(state.lock):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             found: dict[str, object] = json.loads(state.daemon.read_text())
+            if found.pop("started", None) in (None, process.start_time(int(str(found["pid"])))):  # else of one that was killed
+                return found
+    return None
+
+
+async def _settled(state: StateDir) -> dict[str, object] | None:
+    """The same, after one that is about to start has done so, or has failed."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(START_DEADLINE):
+            while not (found := status(state)) and locks.is_held(state.lock):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
             return found
     return None
 
 
 async def stop(state: StateDir) -> bool:
     """End the running daemon; its machines run on. False when none ran."""
-    found = status(state)
+    found = await _settled(state)
     if not found:
         return False
     pid = int(str(found["pid"]))

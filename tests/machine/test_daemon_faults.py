@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ramet import process
+from ramet import process, recovery
 from ramet.engine import Engine
-from ramet.errors import RametError
+from ramet.errors import BusyError, RametError
 from ramet.model import Command, Lifecycle, Port, Spec, State
 from ramet.paths import StateDir
 from ramet.records import dump
@@ -223,3 +223,45 @@ async def test_a_guest_that_powered_off_while_no_daemon_ran(states: States, arti
     async with opened(state) as engine:
         (machine,) = await engine.list()
         assert (machine.state, machine.reason) == (State.STOPPED, "the guest powered off")
+
+
+@pytest.mark.parametrize("after", ["found", "stop --force", "delete"])
+async def test_nothing_is_done_to_a_machine_that_is_not_found_yet(
+    states: States, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Its QEMU lives and does not answer the new daemon. What is saved of it as if it were stopped would not be what it goes on from."""
+    state = states.new()
+    async with Engine.open(state) as engine:
+        await engine.create(artifacts.spec("slow"))
+        await Box(engine, "slow").sh("echo kept > /srv/kept; sync")
+    (files,) = state.machines.iterdir()
+    (pid,) = [int(line.split()[1]) for line in (files / "pids").read_text().splitlines() if "qemu" in line]
+    disks = {path.name: path.read_bytes() for path in files.glob("disk*.json")}
+    monkeypatch.setattr(recovery, "_ADOPTING", 0.1)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with opened(state) as engine:
+            verbs = (engine.snapshot, engine.fork, engine.pause, engine.hibernate, engine.compact, engine.stop)
+            for verb in (*verbs, lambda name: engine.run(name, Command(argv=("true",)))):
+                with pytest.raises(BusyError, match="slow is being found again after a restart of the daemon"):
+                    await verb("slow")
+            assert [each.state for each in await engine.list()] == [State.RUNNING]
+            assert await engine.snapshots() == []
+            assert {path.name: path.read_bytes() for path in files.glob("disk*.json")} == disks
+            if after == "delete":
+                await engine.delete("slow")
+                assert await engine.list() == []
+                return
+            if after == "stop --force":
+                assert (await engine.stop("slow", force=True)).state is State.STOPPED
+                assert (await engine.start("slow")).state is State.RUNNING
+            else:
+                os.kill(pid, signal.SIGCONT)
+                (entry,) = engine._ops.entries.values()
+                assert entry.task
+                await asyncio.wait_for(asyncio.shield(entry.task), DEADLINE)
+            assert await Box(engine, "slow").text("cat /srv/kept") == "kept"
+            await engine.snapshot("slow", "now")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)

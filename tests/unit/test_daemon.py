@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import stat
@@ -73,7 +72,9 @@ def test_it_listens_on_loopback_and_on_its_last_port(state: StateDir, monkeypatc
         address, port = server.getsockname()
         assert address == "127.0.0.1"
         daemon._announce(state, server)
-    assert json.loads(state.daemon.read_text()) == {"pid": os.getpid(), "url": f"http://127.0.0.1:{port}"}
+    assert service.status(state) is None  # nobody holds the directory
+    with daemon._only_one(state):
+        assert service.status(state) == {"pid": os.getpid(), "url": f"http://127.0.0.1:{port}"}
     with daemon._listen(state) as server:
         assert server.getsockname()[1] == port
         with daemon._listen(state) as another:
@@ -107,5 +108,7 @@ def test_status(state: StateDir, tmp_path: Path) -> None:
     assert service.status(state) is None
     with daemon._only_one(state):
         assert service.status(state) == {"pid": 1, "url": "http://127.0.0.1:1"}
+        state.daemon.write_text('{"pid": 1, "started": 1, "url": "http://127.0.0.1:1"}')  # pid 1 is another's by now
+        assert service.status(state) is None
     assert service.status(state) is None
     assert asyncio.run(service.stop(state)) is False

@@ -17,9 +17,13 @@ import sqlalchemy as sa
 from alembic.migration import MigrationContext
 
 from ramet import db
+from ramet.catalogue import Catalogue
 from ramet.db import Database, Record
-from ramet.errors import ExistsError, HostError, NoSpaceError
+from ramet.errors import ExistsError, HostError, NoSpaceError, NotFoundError
+from ramet.host import Host
 from ramet.model import Accelerator, Drive, InitMode, Lifecycle, Port, Snapshot, SnapshotState, Spec, State
+from ramet.operations import Operations
+from ramet.paths import StateDir
 
 SPEC = Spec(
     name="web",
@@ -175,3 +179,32 @@ async def test_a_full_disk(database: Database) -> None:
         await database.insert(huge)
     assert caught.value.hint
     assert await database.machines() == []
+
+
+async def test_what_two_change_at_once_is_both_changed(database: Database, tmp_path: Path) -> None:
+    """Of a snapshot and of a machine: in memory, and on the disk."""
+    snapshots = Catalogue(database)
+    for number in (1, 2):
+        snapshots[f"s{number}"] = Snapshot(
+            id=f"s{number}", name="", machine="web", state=SnapshotState.SAVING, created_at=1.0, memory=False, spec=SPEC, parent="s1" * (number - 1)
+        )  # fmt: skip
+        await database.add_snapshot(snapshots[f"s{number}"], None)
+    late = snapshots["s1"]
+    changes = [snapshots.change("s2", state=SnapshotState.READY), snapshots.forget(late), snapshots.change("s1", name="web@late")]
+    assert [type(each) for each in await asyncio.gather(*changes, return_exceptions=True)] == [Snapshot, type(None), NotFoundError]
+    assert (snapshots["s2"].state, snapshots["s2"].parent) == (SnapshotState.READY, "")
+    assert await database.snapshots() == list(snapshots.values()) == [snapshots["s2"]]
+    ops = Operations(StateDir(root=tmp_path), database, Host(StateDir(root=tmp_path)))
+    await database.insert(record(1))
+    entry = ops.add(record(1))
+    setting = asyncio.gather(ops.set(entry, kernel="6.1"), ops.set(entry, state=State.RUNNING), ops.set(entry, boot_time=0.5))
+    await asyncio.sleep(0)
+    ops.note(entry, reason="noted meanwhile")
+    await setting
+    assert (entry.record.kernel, entry.record.state, entry.record.boot_time, entry.record.reason) == (
+        "6.1",
+        State.RUNNING,
+        0.5,
+        "noted meanwhile",
+    )
+    assert await database.machines() == [entry.record]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -387,6 +388,16 @@ async def test_a_guest_that_answers_pings_is_not_silent(tmp_path: Path) -> None:
         number = await agent.expect_open(Op.EXEC)
         for _ in range(8):  # more than twice the deadline
             agent.end(await agent.expect_open(Op.PING))
+        agent.end(number)
+        assert await collect(stream) == [Exit(ending=Ending.EXITED, code=0)]
+
+
+async def test_a_guest_is_not_silent_because_we_stood_still(tmp_path: Path) -> None:
+    async with pair(tmp_path, silence=0.4) as (guest, agent):
+        stream = guest.execute(TRUE)
+        number = await agent.expect_open(Op.EXEC)
+        time.sleep(1.0)  # noqa: ASYNC251  (as a daemon on a host without memory)
+        agent.end(await agent.expect_open(Op.PING))
         agent.end(number)
         assert await collect(stream) == [Exit(ending=Ending.EXITED, code=0)]
 

@@ -254,9 +254,9 @@ class Machine:
         self.entry = Entry(record=Record(id="a", name="a", state=State.RUNNING, spec=Spec(name="a", reclaim=policy), created_at=0.0))
         self.restored()
 
-    def restored(self) -> None:
+    def restored(self, saved: Reclaim | None = None) -> None:
         """Another QEMU."""
-        self.entry.vm = cast(Vm, Standing(self.guest))
+        self.entry.vm = cast(Vm, Standing(self.guest, saved))
 
     def wants(self, policy: Reclaim) -> None:
         self.entry.record = dataclasses.replace(self.entry.record, spec=dataclasses.replace(self.entry.record.spec, reclaim=policy))
@@ -271,8 +271,11 @@ class Machine:
 
 
 class Standing:
-    def __init__(self, guest: ToldGuest) -> None:
+    """A QEMU. reclaim: the policy that its memory was saved with."""
+
+    def __init__(self, guest: ToldGuest, reclaim: Reclaim | None) -> None:
         self.guest = guest
+        self.reclaim = reclaim
 
 
 GENTLY, EAGERLY = (damon(policy)["min_age"] for policy in ACTIVE)
@@ -316,6 +319,13 @@ async def test_a_machine_from_a_snapshot_has_its_policy_already() -> None:
     assert await machine.ticks(5) == [EAGERLY]
     machine.restored()
     assert await machine.ticks(5, eager=True) == [EAGERLY, "metrics", "reclaim"]
+
+
+async def test_one_that_was_given_another_policy_before_anybody_looked_is_told_at_once() -> None:
+    machine = Machine(Reclaim.EAGER, damon=True)
+    machine.entry.record = dataclasses.replace(machine.entry.record, memory_layer="a" * 16)
+    machine.restored(Reclaim.OFF)
+    assert await machine.ticks(5) == [EAGERLY]
 
 
 @pytest.mark.parametrize("kernel", [True, False])

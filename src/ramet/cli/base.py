@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ramet.client import Client
 
 T = TypeVar("T")
+COMPLETION = 1.0  # seconds that a shell's completion may wait for the daemon
 FAILED = 125  # the status of `run` and `shell` when Ramet fails, as docker's: the command's own is passed on
 INTERRUPTED = 130
 SPEC = "ramet.toml"
@@ -38,11 +39,11 @@ app = typer.Typer(
 
 
 def _completed(incomplete: str, ask: Callable[[Client], Coroutine[Any, Any, list[str]]]) -> list[str]:
-    """What the daemon has that begins so, for the shell's completion; nothing where no daemon answers within a second."""
+    """What the daemon has that begins so, for the shell's completion; nothing where no daemon answers soon."""
     from ramet.client import Client
 
     async def work() -> list[str]:
-        async with Client.discover() as client, asyncio.timeout(1):
+        async with Client.discover() as client, asyncio.timeout(COMPLETION):
             return await ask(client)
 
     with contextlib.suppress(RametError, TimeoutError, OSError):

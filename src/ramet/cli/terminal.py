@@ -19,6 +19,7 @@ from ramet.streams import AsyncInput, AsyncProcess, AsyncTerminal
 
 CHUNK = 64 << 10
 STDIN, STDOUT, STDERR = 0, 1, 2
+_PASSING = 2.0  # seconds that the daemon gets to pass a signal on before we leave
 
 
 def interactive() -> bool:
@@ -142,6 +143,11 @@ class Interrupts:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def sent(self) -> None:
+        """Wait, for a moment, until the daemon has what it was to pass on: that we leave kills the command, too."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_PASSING)
+
     async def _send(self, number: int) -> None:
         with contextlib.suppress(RametError):
             await self._process.signal(number)
@@ -158,7 +164,10 @@ async def follow(process: AsyncProcess, *, stdin: bool, signals: bool = True) ->
             left = asyncio.create_task(interrupts.left.wait())
             try:
                 await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
-                return (await ended).status if ended.done() else 128 + signal.SIGINT
+                if ended.done():
+                    return (await ended).status
+                await interrupts.sent()
+                return 128 + signal.SIGINT
             finally:
                 for task in (ended, left):
                     task.cancel()

@@ -186,7 +186,7 @@ async def configure(tree: Path, recipe: Recipe, *, pass_fds: tuple[int, ...] = (
         argv = ["patch", "-p1", "--batch", "--forward", "--directory", str(tree)]
         (await process.run(argv, deadline=60, input=patch.encode(), pass_fds=pass_fds)).check("patching the kernel's source")
     (tree / "ramet.config").write_text(recipe.fragment)
-    argv = ["make", "-C", str(tree), "-s", "allnoconfig", "KCONFIG_ALLCONFIG=ramet.config"]
+    argv = [*_tied(), "make", "-C", str(tree), "-s", "allnoconfig", "KCONFIG_ALLCONFIG=ramet.config"]
     (await process.run(argv, deadline=600, env=_ENV, nice=NICE, pass_fds=pass_fds)).check("configuring the kernel")
     text = (tree / ".config").read_text()
     if dropped := config.dropped(recipe.fragment, text):
@@ -199,7 +199,7 @@ async def unpack(found: Source, work: Path, *, pass_fds: tuple[int, ...] = ()) -
     archive = found.archive or await download(SOURCE_PACKAGE, found.version, work) / SOURCE_ARCHIVE
     tree = work / "source"
     tree.mkdir()
-    argv = ["tar", "-xJf", str(archive), "-C", str(tree), "--strip-components=1"]
+    argv = [*_tied(), "tar", "-xJf", str(archive), "-C", str(tree), "--strip-components=1"]
     (await process.run(argv, deadline=1800, nice=NICE, pass_fds=pass_fds)).check("unpacking the kernel's source")
     return tree
 
@@ -228,9 +228,8 @@ async def _build(work: Path, lock: int, recipe: Recipe, found: Source, progress:
 
 
 async def _make(tree: Path, lock: int, progress: Progress) -> None:
-    """Run make, niced, with its output in the log. It holds the lock too, and is told to end when we are killed."""
-    guarded = ["setpriv", "--pdeathsig", "TERM"] if process.find("setpriv") else []
-    argv = [*guarded, "make", "-C", str(tree), f"-j{os.cpu_count() or 1}", "vmlinux"]
+    """Run make, niced, with its output in the log. It holds the lock too."""
+    argv = [*_tied(), "make", "-C", str(tree), f"-j{os.cpu_count() or 1}", "vmlinux"]
     steps = 0
     with open(_log(), "a") as log:
 
@@ -245,6 +244,11 @@ async def _make(tree: Path, lock: int, progress: Progress) -> None:
         log.truncate(0)
         ended = await process.run(argv, deadline=BUILD_DEADLINE, env=_ENV, nice=NICE, pass_fds=(lock,), on_line=line)
     ended.check("the kernel's build")
+
+
+def _tied() -> list[str]:
+    """Before a program that takes long: it is told to end when we are killed."""
+    return ["setpriv", "--pdeathsig", "TERM"] if process.find("setpriv") else []
 
 
 def _reporter(file: Path, progress: Progress) -> Progress:

@@ -52,7 +52,7 @@ def _publish(files: StoreDir, record: Layer, owners: Owners, index: Index) -> No
     draft = files.draft(record.id)
     with disk.guard("write", draft.root):
         draft.root.mkdir(mode=0o700, exist_ok=True)  # what a crash has left is filled anew
-    lock = locks.try_lock(draft.root)
+    lock = locks.try_lock(draft.root, patience=locks.GLANCE)
     if lock is None:
         raise BusyError(f"layer {record.id} is being pulled by another", hint="Try again in a moment.")
     try:

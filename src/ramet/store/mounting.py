@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import signal
@@ -27,6 +28,7 @@ from ramet.store import fuse, keeper, wanting, warming
 START_DEADLINE = 30.0
 END_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 MOUNT_DEADLINE = 20.0
+_INHERITED = 5.0  # seconds that a worker may hold the lock of a keeper that was killed as it forked
 _GAP = 64 << 10
 TAIL = 4096  # bytes of the keeper's log that an error shows
 _HELP = "`ramet setup` says what is missing: without root the package fuse3, and the kernel's FUSE (`modprobe fuse`)."
@@ -169,7 +171,7 @@ class ImageFs:
     async def _start(self) -> int:
         await _clean(self._files)
         self._files.mount.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock_fd = await asyncio.to_thread(locks.take, self._files.lock)
+        lock_fd = await asyncio.to_thread(functools.partial(locks.take, self._files.lock, patience=_INHERITED))
         if lock_fd is None:
             raise HostError(
                 f"the image file system's lock {self._files.lock} is held, and {self._files.pids} does not say by whom",

@@ -39,7 +39,6 @@ from ramet.store.source import Spool, is_hole
 
 _BLOCK = 1 << 20
 _NAP = 0.02
-_GLANCE = 0.2  # seconds after which a lock is somebody's, and not only looked at
 _PATIENCE = 300.0  # seconds that somebody who needs a layer on the disk waits for another who seals it
 _TAIL = 1 << 16  # bytes by which a file may end before its last page does: a cluster of a qcow2 file
 
@@ -410,7 +409,7 @@ class Store:
         return record
 
     @contextlib.contextmanager
-    def _seal_lock(self, layer_id: str, patience: float = _GLANCE) -> Iterator[Layer]:
+    def _seal_lock(self, layer_id: str, patience: float = locks.GLANCE) -> Iterator[Layer]:
         """Keep others from sealing the layer in the body; its record by then.
 
         BusyError when another has it for longer than `patience` seconds, LayerError when the file to lock is missing.

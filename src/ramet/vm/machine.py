@@ -16,6 +16,7 @@ from ramet import locks, process, sockets
 from ramet.errors import BusyError, GuestError, MachineFailedError, NoSpaceError, RametError
 from ramet.guest import Guest
 from ramet.identity import Identity
+from ramet.model import Reclaim
 from ramet.paths import MachineDir
 from ramet.qmp import Qmp
 from ramet.vm import argv
@@ -144,6 +145,7 @@ class Vm:
         self.agent_closed = False
         self.lost_because = ""
         self.still = False  # paused by us, or by QEMU for want of room
+        self.reclaim: Reclaim | None = None  # the policy that its memory was saved with, where that is known
         self.granted: int | None = None  # bytes that the balloon leaves the guest, where that is known
         self.balloon_target = 0
         self.balloon_changed = asyncio.Event()
