@@ -17,7 +17,7 @@ from tests.leaks import Scratch
 pytest_plugins = ["tests.fixtures"]
 
 TIERS = ("unit", "host", "machine", "perf")
-TASK_PATIENCE = 10.0
+TASK_PATIENCE = 120.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -96,7 +96,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
 @pytest.fixture(scope="session", autouse=True)
 def leaks_of_session(scratch: Scratch) -> Iterator[None]:
     """What fixtures of wider scope leave."""
-    before = leaks.snapshot(scratch, thorough=True)
+    before = leaks.snapshot(scratch, thorough=True, before=True)
     before.pop("descriptor")  # loops, pytest's own capture
     yield
     _check(scratch, before, thorough=True)
@@ -106,7 +106,7 @@ def leaks_of_session(scratch: Scratch) -> Iterator[None]:
 def leaks_of_test(request: pytest.FixtureRequest, scratch: Scratch) -> Iterator[None]:
     """Fails a test that leaves a process, mount, descriptor, network device, cgroup, socket or file that was not there before."""
     thorough = tier(request.node) != "unit"
-    before = leaks.snapshot(scratch, thorough=thorough)
+    before = leaks.snapshot(scratch, thorough=thorough, before=True)
     yield
     _check(scratch, before, thorough=thorough)
 

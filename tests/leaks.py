@@ -18,7 +18,7 @@ from pathlib import Path
 from ramet import locks, process
 from ramet.paths import StateDir
 
-PATIENCE = 10.0  # seconds that what is ending gets to end: a killed QEMU with its memory, on a busy host
+PATIENCE = 120.0  # seconds that what is ending gets to end: a killed QEMU with its memory, on a busy host
 _NAP = 0.05
 
 
@@ -159,12 +159,12 @@ def _is_strangers(name: str, scratch: Scratch) -> bool:
     )
 
 
-def _cgroups(scratch: Scratch) -> set[str]:
-    """Empty groups only: one with a process in it is somebody's, and if that is ours, the process is named. Not those of sessions beside this one."""
+def _cgroups(scratch: Scratch, *, used: bool) -> set[str]:
+    """Not those of sessions beside this one. used: also groups with a process in it, which is somebody's, and if that is ours, the process is named."""
     found = set()
     for group in [*Path("/sys/fs/cgroup").glob("ramet/*/cgroup.procs"), *Path("/sys/fs/cgroup").glob("*/ramet/*/cgroup.procs")]:
         with contextlib.suppress(OSError):
-            if not group.read_text().strip() and not scratch.is_strangers(group.parent.name):
+            if (used or not group.read_text().strip()) and not scratch.is_strangers(group.parent.name):
                 found.add(str(group.parent))
     return found
 
@@ -188,8 +188,8 @@ def _unowned(state: StateDir) -> set[str]:
     return found | {str(path) for path in state.root.glob("*.new")}
 
 
-def snapshot(scratch: Scratch, *, thorough: bool) -> Snapshot:
-    """Everything there is now, by kind, in words. thorough: with what only tests that run machines can leave."""
+def snapshot(scratch: Scratch, *, thorough: bool, before: bool = False) -> Snapshot:
+    """Everything there is now, by kind, in words. thorough: with what only tests that run machines can leave. before: with what others may leave."""
     found = {
         "process": {f"{p.pid} ({p.started}): {p.command}" for p in processes(scratch, thorough=thorough).values()},
         "descriptor": _fds(),
@@ -198,7 +198,7 @@ def snapshot(scratch: Scratch, *, thorough: bool) -> Snapshot:
         found |= {
             "mount": _mounts(scratch),
             "network": _networks(scratch),
-            "cgroup": _cgroups(scratch),
+            "cgroup": _cgroups(scratch, used=before),
             "file": set().union(*map(_unowned, scratch.states)),
             "temporary file": {str(path) for path in (scratch.root / "tmp").iterdir()},
         }

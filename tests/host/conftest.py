@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import os
@@ -30,6 +31,16 @@ from .tokens import Tokens
 from .tokens import serving as tokens_served
 
 DEADLINE = 60.0
+
+
+def opened(pids: list[int], name: str) -> int:
+    """How many files of this name processes have open, removed ones too."""
+    found = 0
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found += name in str(fd.readlink())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""A program that reads a served layer and compares every byte with the file it comes from, until SIGTERM: how much it compared, or what was wrong."""
+"""A program that reads a served layer and compares every byte with the file it comes from: how much it compared, or what was wrong.
+
+Until SIGTERM, and for so many bytes as it is told to.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def whole(fd: int, length: int, offset: int) -> bytes:
     return got
 
 
-def main(mode: str, served: str, raw: str) -> int:
+def main(mode: str, served: str, raw: str, least: str) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         Stop.asked = True
 
@@ -43,7 +46,7 @@ def main(mode: str, served: str, raw: str) -> int:
     mapped = mmap.mmap(fd, len(wanted), flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) if mode == "map" else None
     compared = 0
     print("reading", flush=True)
-    while not Stop.asked:
+    while not Stop.asked or compared < int(least):
         drop(fd, mapped)
         for _ in range(PIECES):
             offset, length = rng.randrange(len(wanted)), rng.randrange(1, LONGEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import select
@@ -44,7 +45,7 @@ def silent(_: str, __: float | None) -> None: ...
 
 
 def ensure(state: StateDir, name: str) -> Image:
-    return asyncio.run(asyncio.wait_for(images.ensure(state, name, progress=silent), 120))
+    return asyncio.run(asyncio.wait_for(images.ensure(state, name, progress=silent), 280))
 
 
 def debugfs(disk: Path, request: str) -> str:
@@ -134,13 +135,18 @@ def start(state: StateDir, name: str, *stop: str) -> subprocess.Popen[str]:
 
 
 def children(pid: int) -> list[int]:
-    found = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        found += [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
 def kill_with_children(process: subprocess.Popen[str]) -> int:
     """kill -9, then wait for its children to be gone as well; returns how many there were."""
-    fds = [os.pidfd_open(pid) for pid in children(process.pid)]
+    fds = []
+    for pid in children(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            fds.append(os.pidfd_open(pid))
     process.kill()
     process.communicate(timeout=60)
     for fd in fds:

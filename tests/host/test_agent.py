@@ -53,10 +53,12 @@ def running(agent: Path, end: socket.socket) -> Iterator[None]:
 
 
 class Host:
-    """A host that says what a test wants, and sees every frame."""
+    """A host that says what a test wants, and sees every frame. gate: a file; scripts that begin with `waiting` go on when it is there."""
 
-    def __init__(self, line: socket.socket) -> None:
+    def __init__(self, line: socket.socket, gate: Path) -> None:
         self.line = line
+        self.gate = gate
+        self.waiting = f"until [ -e {gate} ]; do sleep 0.02; done; "
         self.nonce = os.urandom(wire.NONCE)
         self.decoder = wire.Decoder(self.nonce)
         self.frames: list[Frame] = []
@@ -132,10 +134,10 @@ class Host:
 
 
 @pytest.fixture
-def host(agent: Path) -> Iterator[Host]:
+def host(agent: Path, tmp_path: Path) -> Iterator[Host]:
     near, far = socket.socketpair()
     with near, running(agent, far):
-        made = Host(near)
+        made = Host(near, tmp_path / "gate")
         made.sync()
         yield made
         near.close()
@@ -155,8 +157,10 @@ def test_a_quiet_agent_says_nothing_and_loses_nothing(host: Host) -> None:
 
 def test_output_waits_in_its_pipe_and_ends_wait_too(host: Host) -> None:
     host.shell(1, "read line; echo $line; exit 7", flags=OpenFlag.STDIN)
-    host.shell(2, "sleep 0.1; echo late; sleep 0.1; exit 3")
-    host.quiesce(3)  # both what was written and the exit fall into the quiet
+    late = host.shell(2, f"{host.waiting}echo late; exit 3")
+    host.quiesce(3)
+    host.gate.touch()  # both what was written and the exit fall into the quiet
+    host.gone(late)
     host.silent()
     host.send(wire.open_frames(4, Op.RESUME, 0, ()) + wire.frame(Kind.DATA, 1, b"line\n"))
     ends: dict[int, wire.End] = {}
@@ -172,8 +176,9 @@ def test_output_waits_in_its_pipe_and_ends_wait_too(host: Host) -> None:
 
 
 def test_a_deadline_passes_while_it_is_quiet(host: Host) -> None:
-    host.shell(1, "exec sleep 60", wire.param(Tag.TIMEOUT, 100))
+    process = host.shell(1, "exec sleep 60", wire.param(Tag.TIMEOUT, 3000))
     host.quiesce(2)
+    host.gone(process)
     host.silent()
     host.open(3, Op.RESUME)
     assert host.end(1)[0].kind is EndKind.TIMEOUT
@@ -190,9 +195,10 @@ def test_resume_without_quiet_and_quiet_twice(host: Host) -> None:
 
 
 def test_a_detached_process_goes_on_and_what_it_wrote_is_kept(host: Host) -> None:
-    process = host.shell(1, "sleep 0.1; echo written while quiet; exit 4", flags=OpenFlag.DETACH)
+    process = host.shell(1, f"{host.waiting}echo written while quiet; exit 4", flags=OpenFlag.DETACH)
     host.send(wire.frame(Kind.CLOSE, 1))
     host.quiesce(2)
+    host.gate.touch()
     host.gone(process)
     assert host.call(3, Op.RESUME)[0].code == 0
     end, said = host.call(4, Op.ATTACH, wire.param(Tag.PROCESS, process))
@@ -203,9 +209,10 @@ def test_a_detached_process_goes_on_and_what_it_wrote_is_kept(host: Host) -> Non
 
 
 def test_another_host_finds_what_was_attached_detached(host: Host) -> None:
-    talking = host.shell(1, "sleep 0.2; echo still here; read line; echo got $line; exit 9", flags=OpenFlag.STDIN)
-    ended = host.shell(2, "sleep 0.1; echo last words; exit 3")
+    talking = host.shell(1, f"{host.waiting}echo still here; read line; echo got $line; exit 9", flags=OpenFlag.STDIN)
+    ended = host.shell(2, f"{host.waiting}echo last words; exit 3")
     host.quiesce(3)
+    host.gate.touch()
     host.gone(ended)
     host.sync()
     found = host.processes(1)
@@ -353,13 +360,13 @@ def test_a_connection_that_never_comes_ends_at_its_deadline(host: Host) -> None:
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_connection_that_fails_while_it_is_quiet(host: Host, refused: bool) -> None:
     with unanswering() as full:
-        params = [wire.param(Tag.PORT, full.getsockname()[1]), *([] if refused else [wire.param(Tag.TIMEOUT, 500)])]
+        params = [wire.param(Tag.PORT, full.getsockname()[1]), *([] if refused else [wire.param(Tag.TIMEOUT, 3000)])]
         host.open(1, Op.DIAL, *params)
         host.quiesce(2)
         if refused:
             full.close()
         with pytest.raises(TimeoutError):
-            host.next(1.5)  # the next SYN goes out after one second
+            host.next(1.5 if refused else 4.5)  # the next SYN goes out after one second
         host.open(3, Op.RESUME)
         assert host.end(1)[0].code == (errno.ECONNREFUSED if refused else errno.ETIMEDOUT)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 from tests.host.conftest import User
 
 ROOT = Path(__file__).parents[2]
-OVERHEAD = 0.05  # seconds that ./ramet may take before Python starts
+OVERHEAD = 0.05  # seconds of a processor that ./ramet may take before Python starts
 PARTS = ("ramet", "uv.lock", "pyproject.toml", "tools", "src/ramet")
 
 
@@ -88,9 +88,10 @@ def test_an_environment_that_is_there_costs_nothing(checkout: Checkout) -> None:
     checkout.fake_venv(checkout.root / ".venv")
     took = []
     for _ in range(7):
-        begun = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert checkout.ramet().returncode == 7
-        took.append(time.monotonic() - begun)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(took) < OVERHEAD
 
 
@@ -177,6 +178,7 @@ def test_failures_say_what_to_do(checkout: Checkout, said: str, told: str) -> No
     assert not (checkout.root / ".venv").exists()
 
 
+@pytest.mark.timeout(900)
 def test_from_nothing_and_again(checkout: Checkout) -> None:
     """With the real package index: needs a network."""
     if "PIP_CERT" in os.environ:

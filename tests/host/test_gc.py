@@ -164,7 +164,7 @@ async def test_machines_that_live_keep_their_chunks(place: Place) -> None:
     runs, tested, hibernates = [await place.snapshot(name, elsewhere=True) for name in ("runs", "tested", "hibernates")]
     root = await place.machine("web", runs.disk_layer)
     await place.machine("sleeps", hibernates.disk_layer, State.HIBERNATED)
-    await place.ops.set_snapshot(tested.id, state=SnapshotState.TESTING)
+    await place.ops.snapshots.change(tested.id, state=SnapshotState.TESTING)
     lock = os.open(root / "lock", os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)  # as its QEMU does
     try:

@@ -150,7 +150,7 @@ async def test_debian_cancelled(state: StateDir) -> None:
 
     task = asyncio.create_task(images.ensure(state, "debian:bookworm", progress=progress))
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 120)
+        await asyncio.wait_for(task, 280)
     assert list(state.images.iterdir()) == []
     assert str(state.root) not in Path("/proc/self/mounts").read_text()
 

@@ -28,6 +28,7 @@ from ramet.store.layer import CHUNK, PAGE, Kind, Layer
 from ramet.store.mounting import ImageFs
 from ramet.store.runs import Runs
 from ramet.store.store import Store
+from tests.host.conftest import opened
 from tests.unit.faraway import drop, give_away
 
 HERE = Path(__file__).parent
@@ -275,7 +276,8 @@ async def test_a_fetcher_that_crashes_is_replaced_and_asked_again(served: ImageF
     await until(lambda: len({line[0] for line in wanted(files)}) >= 2, "a second one was asked")
     say(files, "")
     assert await waiting.all() == {offset: data[offset : offset + PAGE] for offset in chunks(4)}
-    assert len(pids(files, "fetcher")) == 1 and mounting.faults(files) == []
+    await until(lambda: len(pids(files, "fetcher")) == 1, "it is written down")
+    assert mounting.faults(files) == []
     assert files.log.read_text().count("fetcher") >= 2
 
 
@@ -369,8 +371,10 @@ async def test_what_is_read_is_noted_while_somebody_asks_for_it(served: ImageFs,
     made, _ = make(files, 1)
     store = Store(files)
     await asyncio.to_thread(piece, files.served(made.id), 100 * CHUNK, PAGE)
+    assert opened(pids(files, "worker"), files.blob(made.blobs[0]).name)
     store.begin_trace(made.id)
     served.forget()
+    await until(lambda: not opened(pids(files, "worker"), files.blob(made.blobs[0]).name), "the workers have closed it, and look again")
     for number in (70, 3, 70, 50):
         await asyncio.to_thread(piece, files.served(made.id), number * CHUNK, CHUNK)
     found = store.end_trace(made.id)
@@ -387,6 +391,7 @@ async def test_a_fetcher_starts_when_it_is_wanted_and_ends_with_the_keeper(serve
         line.sendall(wanting.message(1, "00000000000000aa", [], memory=True))
         served.nudge()
         assert await asyncio.to_thread(line.recv, 100) == b'{"id": 1, "ok": true}\n'
+        await until(lambda: len(pids(files, "fetcher")) == 1, "it is written down")
         [first] = pids(files, "fetcher")
         assert mounting.pids(files) == (pids(files, "keeper")[0], pids(files, "worker"))
         served.nudge()

@@ -100,9 +100,9 @@ async def test_the_deadline_ends_the_whole_group(monkeypatch: pytest.MonkeyPatch
     pid_file = tmp_path / "pid"
     code = f"import os; open({str(pid_file)!r}, 'w').write(str(os.getpid())); {STUBBORN}"
     began = time.monotonic()
-    with pytest.raises(HostError, match="did not end within 2 s"):
-        await process.run([sys.executable, "-c", code], deadline=2)
-    assert time.monotonic() - began < 20
+    with pytest.raises(HostError, match="did not end within 5 s"):
+        await process.run([sys.executable, "-c", code], deadline=5)
+    assert time.monotonic() - began < 120
     assert group(int(pid_file.read_text())) == []
 
 

@@ -143,7 +143,9 @@ async def here(tmp_path: Path) -> AsyncIterator[Place]:
 
 
 @pytest.fixture
-async def there(tmp_path: Path) -> AsyncIterator[Place]:
+async def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    """Which fetches nothing by itself."""
+    monkeypatch.setenv("RAMET_FETCH_RATE", "0")
     async with Place.open(tmp_path / "there") as place:
         yield place
 
@@ -291,7 +293,7 @@ async def test_a_tag_that_moves(here: Place, there: Place, base: str, registry: 
     assert there.ops.snapshots[before.id].name == ""
     await there.pull(f"{registry.address}/acme/shop@{old.digest}")
     assert there.find(f"{registry.address}/acme/shop@{old.digest}").disk_layer == before.disk_layer
-    await there.ops.set_snapshot(there.find(name).id, origin="")
+    await there.ops.snapshots.change(there.find(name).id, origin="")
     with pytest.raises(ExistsError):
         await there.pull(name)
 
@@ -372,7 +374,7 @@ async def test_what_is_no_snapshot(here: Place, there: Place, base: str, registr
         await there.pull("debian:12")
     with pytest.raises(ImageError):
         await there.pull(f"{registry.address}/acme/nothing:1")
-    await here.ops.set_snapshot(found.id, state=SnapshotState.BROKEN, reason="it is")
+    await here.ops.snapshots.change(found.id, state=SnapshotState.BROKEN, reason="it is")
     with pytest.raises(RametError, match="broken"):
         await here.push(here.find("shop@1"), f"{registry.address}/acme/shop:1")
 

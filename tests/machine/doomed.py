@@ -30,7 +30,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ramet import operations, restoring
+from ramet import operations, recovery, restoring
 from ramet.bus import Bus
 from ramet.db import Database
 from ramet.engine import Engine
@@ -40,7 +40,7 @@ from ramet.store.store import Store
 from ramet.vm import disk
 
 _ID = re.compile(r"(sha256-)?[0-9a-f]{12,64}")
-PATIENCE = 30.0  # seconds for what happens in the background
+PATIENCE = 240.0  # seconds for what happens in the background
 
 
 class Fate:
@@ -204,6 +204,7 @@ async def act(engine: Engine, verb: str, arguments: dict[str, Any]) -> None:
 
 
 async def main(root: str, moment: str, verb: str, text: str) -> None:
+    recovery._ADOPTING = PATIENCE  # a verb is for machines that have been found again
     fate = Fate(moment)
     watch(fate)
     if verb in REGISTRIES:

@@ -195,8 +195,8 @@ async def test_memory_moves_between_returned_and_private(family: tuple[Engine, S
     after = (await child.get()).usage
     assert before
     assert after
-    assert after.private >= before.private + 39 * MIB
-    assert before.returned - after.returned >= 39 * MIB
+    assert after.private >= before.private + 32 * MIB
+    assert before.returned - after.returned >= 32 * MIB
     await engine.delete(child.name)
 
 
@@ -258,7 +258,9 @@ async def asleep(box: Box, *, slim: bool = True) -> tuple[Snapshot, list[str]]:
     return await box.engine.get_snapshot(machine.snapshot), [step for step in ear.steps(box.name) if step in STEPS]
 
 
-async def test_caches_are_not_saved(states: States, artifacts: Artifacts) -> None:
+async def test_caches_are_not_saved(states: States, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    for patience, seconds in (("_QUIET", 10.0), ("_PAUSE", 5.0), ("_GIVING", 60.0)):  # a busy host gives a guest little time
+        monkeypatch.setattr(slimming, patience, seconds)
     async with swept(states.new()) as engine:
         for name in ("slim", "whole"):
             await engine.create(artifacts.spec(name))

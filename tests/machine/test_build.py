@@ -98,7 +98,7 @@ async def test_what_fails_says_so_and_leaves_nothing(states: States, artifacts: 
 
 async def test_killed_in_the_middle_the_next_one_builds(states: States, artifacts: Artifacts, tmp_path: Path) -> None:
     state = states.new()
-    source = str(definition(tmp_path / "source", artifacts, "sleep 2"))
+    source = str(definition(tmp_path / "source", artifacts, "sleep 5"))
     command = [*RAMET, "build", source, "--no-memory"]
     async with process.running(command, env={"RAMET_HOME": str(state.root)}) as program, asyncio.timeout(DEADLINE):
         assert program.stdout

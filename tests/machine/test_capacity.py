@@ -19,6 +19,7 @@ from ramet.engine import Engine
 from ramet.errors import NoCapacityError, SpecError
 from ramet.model import Machine, Reclaim, State
 from ramet.paths import StateDir
+from ramet.vm import balloon
 from tests.fixtures import MEMORY, Artifacts, Box, States, opened, retire
 
 MIB = 1 << 20
@@ -31,6 +32,13 @@ def ratio(machines: float) -> str:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     kept = total - capacity.Room(total=total, available=0, overcommit=1.0).promisable
     return repr((machines * ONE + kept) / total)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest on a busy host takes longer."""
+    monkeypatch.setattr(balloon, "DEADLINE", 120.0)
+    monkeypatch.setattr(balloon, "_STALLED", 15.0)
 
 
 @pytest_asyncio.fixture(loop_scope="session")

@@ -167,7 +167,9 @@ async def test_stopped_in_the_middle_of_a_creation(daemon: StateDir, artifacts: 
     await service.ensure_running(daemon)
     async with client(daemon) as verbs:
         found = await verbs.list()
-        if isinstance(answer, BaseException):
+        if isinstance(answer, OutcomeUnknownError):
+            assert {machine.state for machine in found} <= {State.FAILED, State.RUNNING}
+        elif isinstance(answer, BaseException):
             assert isinstance(answer, RametError)
             assert all(machine.state is State.FAILED and machine.pid is None for machine in found)
         else:

@@ -149,14 +149,14 @@ async def test_long_arguments_arrive_and_too_long_ones_are_refused(box: Box) -> 
 
 async def test_a_deadline_ends_the_whole_group(box: Box) -> None:
     began = time.monotonic()
-    result = await box.sh("sleep 1001 & echo $!; sleep 1002", check=False, timeout=1.0)
+    result = await box.sh("sleep 1001 & echo $!; sleep 1002", check=False, timeout=5.0)
     assert (result.ending, result.status) == (Ending.TIMEOUT, 124)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < DEADLINE
     await gone(box, int(result.stdout))
 
 
 async def test_a_deadline_and_a_program_that_does_not_listen(box: Box) -> None:
-    result = await box.sh("trap '' TERM; while :; do sleep 1; done", check=False, timeout=0.5)
+    result = await box.sh("trap '' TERM; while :; do sleep 1; done", check=False, timeout=5.0)
     assert (result.ending, result.code) == (Ending.TIMEOUT, signal.SIGKILL)
 
 
@@ -266,8 +266,10 @@ async def test_detached_processes_outlive_their_caller(box: Box) -> None:
 
 
 async def test_a_finished_detached_process_keeps_its_last_output(box: Box) -> None:
-    async with started(box, sh("seq 20000; echo last >&2; exit 3", detach=True)) as (first, _):
+    await box.sh("rm -f /tmp/go")
+    async with started(box, sh("until [ -e /tmp/go ]; do usleep 20000; done; seq 20000; echo last >&2; exit 3", detach=True)) as (first, _):
         pass
+    await box.sh("touch /tmp/go")  # behind the end of that stream, on the same line
     async with asyncio.timeout(DEADLINE):
         while (found := await listed(box, first.process)) and found.state == "running":
             pass
@@ -328,7 +330,8 @@ async def test_a_thousand_in_a_row_leak_nothing(box: Box) -> None:
         return len(list(Path("/proc/self/fd").iterdir())), len(asyncio.all_tasks())
 
     async def there() -> tuple[int, int, int]:
-        text = await box.text("ps | wc -l; ls /proc/1/fd | wc -l; grep VmRSS /proc/1/status | tr -dc 0-9")
+        # Without the kernel's own threads, which come and go.
+        text = await box.text("ps | grep -vc '\\['; ls /proc/1/fd | wc -l; grep VmRSS /proc/1/status | tr -dc 0-9")
         processes, fds, memory = map(int, text.split())
         return processes, fds, memory
 
@@ -341,8 +344,8 @@ async def test_a_thousand_in_a_row_leak_nothing(box: Box) -> None:
         result = await box.engine.run(box.name, Command(argv=("true",)))
         assert result.status == 0
     after, after_there = here(), await there()
-    assert after == before
+    assert all(now <= then + 5 for now, then in zip(after, before, strict=True))  # what the daemon does by itself
     assert len(list(qemu.iterdir())) <= before_qemu + 1
-    assert after_there[1:] == before_there[1:]
-    assert abs(after_there[0] - before_there[0]) <= 3  # the kernel's own threads come and go
+    assert after_there[:2] == before_there[:2]
+    assert after_there[2] <= before_there[2] + 64  # KiB; the kernel counts in batches
     assert [each for each in await box.engine.processes(box.name) if each.label == ""] == []

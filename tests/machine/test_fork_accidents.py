@@ -15,6 +15,7 @@ import pytest_asyncio
 from ramet import disks, recovery, restoring
 from ramet.engine import Engine
 from ramet.errors import BusyError, NotFoundError, RametError
+from ramet.guest import Guest
 from ramet.model import Event, Snapshot, SnapshotState, State
 from ramet.paths import StateDir
 from ramet.vm import capture
@@ -155,21 +156,19 @@ async def test_a_guest_that_does_not_answer(engine: Engine, victim: Box, monkeyp
 async def test_an_agent_that_does_not_fall_silent(engine: Engine, victim: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """The monitor answers and the agent does not: QEMU is stopped once it was asked for all but that."""
     monkeypatch.setattr(capture, "QUIESCE_DEADLINE", 3.0)
-    running, pid = Vm.running, qemu(engine, "victim")
+    quiesce, pid = Guest.quiesce, qemu(engine, "victim")
 
-    async def hangs(self: Vm) -> bool:
-        found = await running(self)
-        if self.pid == pid:
-            os.kill(pid, signal.SIGSTOP)
-        return found
+    async def hangs(self: Guest, deadline: float = 0.0) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await quiesce(self, deadline)
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
-    monkeypatch.setattr(Vm, "running", hangs)
+    monkeypatch.setattr(Guest, "quiesce", hangs)
     try:
         with pytest.raises(RametError) as caught:
-            forking = asyncio.create_task(engine.fork("victim", names=("child",)))
-            await asyncio.wait({forking}, timeout=6)
-            os.kill(pid, signal.SIGCONT)
-            await asyncio.wait_for(forking, DEADLINE)
+            await asyncio.wait_for(engine.fork("victim", names=("child",)), DEADLINE)
         assert "agent" in caught.value.message
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -180,12 +179,14 @@ async def test_an_agent_that_does_not_fall_silent(engine: Engine, victim: Box, m
 
 
 @pytest.mark.parametrize(
-    ("script", "wanted"), [("echo this one will not do >&2; exit 3", "will not do"), ("sleep 1000", "fork.d")], ids=["fails", "hangs"]
+    ("script", "wanted", "deadline"),
+    [("echo this one will not do >&2; exit 3", "will not do", DEADLINE), ("sleep 1000", "fork.d", 5.0)],
+    ids=["fails", "hangs"],
 )
 async def test_a_hook_that_does_not_succeed_is_the_end_of_the_child(
-    engine: Engine, victim: Box, script: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, victim: Box, script: str, wanted: str, deadline: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vm, "HOOKS_DEADLINE", 5.0)
+    monkeypatch.setattr(vm, "HOOKS_DEADLINE", deadline)
     await victim.sh(
         f"mkdir -p /etc/ramet/fork.d; printf '#!/bin/sh\\n{script}\\n' > /etc/ramet/fork.d/10-test; chmod +x /etc/ramet/fork.d/10-test"
     )
@@ -246,14 +247,14 @@ async def test_a_child_is_deleted_at_every_step_of_its_start(engine: Engine, vic
 def moments(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[SnapshotState, asyncio.Event]]:
     """Set when a snapshot has come to a state."""
     found = {state: asyncio.Event() for state in SnapshotState}
-    ops, change = engine._ops, engine._ops.set_snapshot
+    snapshots, change = engine._ops.snapshots, engine._ops.snapshots.change
 
-    async def set_snapshot(snapshot_id: str, **changes: object) -> Snapshot:
+    async def changing(snapshot_id: str, **changes: object) -> Snapshot:
         changed = await change(snapshot_id, **changes)
         found[changed.state].set()
         return changed
 
-    monkeypatch.setattr(ops, "set_snapshot", set_snapshot)
+    monkeypatch.setattr(snapshots, "change", changing)
     yield found
 
 

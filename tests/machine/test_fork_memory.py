@@ -108,7 +108,7 @@ async def test_memory_that_one_frees_changes_no_other(stem: Box) -> None:
 async def private(box: Box) -> int:
     usage = (await box.get()).usage
     assert usage
-    return usage.private
+    return usage.private - usage.overhead  # QEMU's own grows while code is translated
 
 
 async def test_memory_that_a_fork_frees_returns_to_the_host(stem: Box) -> None:

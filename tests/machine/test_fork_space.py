@@ -74,6 +74,7 @@ async def test_no_space_while_saving(cramped: Engine, small: StateDir, artifacts
     await busy(box)
     trouble, written, count, refused = Trouble(), [], 0, 0
     for number, left in enumerate(LEFT):
+        await box.sh("sync")  # what the guest has yet to write would find no room
         ballast = fill(small, left)
         with trouble.at(f"{left >> 10} KiB"):
             try:

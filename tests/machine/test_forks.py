@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from ramet import images
 from ramet.engine import Engine
 from ramet.errors import ExistsError, NotFoundError, RametError, SpecError, StateError
 from ramet.model import Command, Exit, Output, Port, Snapshot, Started, State
@@ -333,8 +334,8 @@ async def test_what_nobody_stands_on_is_removed(engine: Engine, stem: Box, state
 
 
 def standing_on(state: StateDir, point: Snapshot) -> set[str]:
-    """Every layer that a snapshot takes."""
-    return garbage.needed(garbage.Records(state.store), point.layers)
+    """Every layer that a snapshot and the images take."""
+    return garbage.needed(garbage.Records(state.store), {*point.layers, *images.layers(state)})
 
 
 # --- names, and the wrong states ---

@@ -57,7 +57,9 @@ async def reads(box: Box) -> None:
     full = await private(box)
     await box.engine.update(box.name, reclaim=Reclaim.EAGER)  # only now, so that none of it has gone before it was seen
     await falls(box, full - MUCH * 8 // 10)
-    assert (await guest_of(box).metrics())["mem_reclaimable"] < MUCH // 5
+    async with asyncio.timeout(LONG):
+        while (await guest_of(box).metrics())["mem_reclaimable"] >= MUCH // 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
 
 
 WRITE = f"dd if=/dev/urandom of=/srv/big bs=1M count={MUCH // MIB} 2>/dev/null; sync; echo 3 > /proc/sys/vm/drop_caches"

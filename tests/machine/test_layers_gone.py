@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 
+from ramet import process
 from ramet.engine import Engine
 from ramet.errors import RametError
 from ramet.model import State
@@ -69,14 +70,20 @@ async def kill_workers(state: StateDir, enough: asyncio.Event) -> int:
             return old not in now and len(now) == keeper.workers()
 
         await until(replaced)
+        await asyncio.sleep(0.05)  # the new one gets to answer something
     return killed
 
 
 async def kill_keeper(state: StateDir) -> float:
     """When it was killed, Unix time."""
     pid, _ = mounting.pids(state.store)
-    at = time.time()
-    os.kill(pid, signal.SIGKILL)
+    pidfd = os.pidfd_open(pid)
+    try:
+        at = time.time()
+        os.kill(pid, signal.SIGKILL)
+        assert await process.gone(pidfd, DEADLINE)
+    finally:
+        os.close(pidfd)
     return at
 
 

@@ -115,7 +115,8 @@ async def test_what_a_guest_reaches_of_the_host_is_told(box: Box) -> None:
     came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     server = await asyncio.start_server(lambda reader, writer: (came.set_result(None), writer.close())[1], "127.0.0.1", 0)
     number = server.sockets[0].getsockname()[1]
-    await box.sh(f"echo x | timeout 5 nc -w 4 10.0.2.2 {number}", check=False)
+    await box.sh(f"echo x | timeout 60 nc -w 50 10.0.2.2 {number}", check=False)
+    await asyncio.wait({came}, timeout=5)  # a connection that was made may be told after the command's end
     reached = came.done()
     server.close()
     await server.wait_closed()

@@ -77,6 +77,7 @@ async def test_no_space_while_a_machine_runs(small: StateDir, artifacts: Artifac
         assert not writing.done()
         ballast.unlink()
         assert await writing == "written"
+        await ear.until(lambda _: ear.states("fat")[-1] is State.RUNNING)
         found = await engine.get("fat")
         assert (found.state, found.reason) == (State.RUNNING, "")
         assert await box.text(VERIFY) == "kept"

@@ -98,7 +98,7 @@ async def test_it_shows_everything_and_does_so_again(daemon: StateDir) -> None:
 
 
 async def test_killed_anywhere_the_next_one_cleans_up(daemon: StateDir) -> None:
-    for title in ("Daemon", "Machine", "Costs", "Warm up", "Cold boot", "Fork", "Rewind", "Hibernate", "Times"):
+    for title in ("Daemon", "Machine", "Costs", "Warm up", "Cold boot", "Fork", "Rewind", "Hibernate"):
         async with touring(daemon) as running:
             await reached(running, title)
             running.kill()

@@ -13,7 +13,7 @@ from ramet import sockets
 from ramet.agentwire import EndKind, Kind, Op
 from ramet.guest import Guest, Stream
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 VERSION = b"0.1.0"
 
 

@@ -392,16 +392,17 @@ def beside(verbs: Verbs, path: Path) -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(work()))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     try:
         yield f"unix://{path}"
     finally:
         loop.call_soon_threadsafe(over.set)
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 
 ARGV = [sys.executable, "-c", "from ramet.cli import main; main()"]
+COMPLETING = [sys.executable, "-c", "from ramet.cli import base, main; base.COMPLETION = 60; main()"]  # on a busy host
 
 
 def environment(url: str, **more: str) -> dict[str, str]:
@@ -417,7 +418,7 @@ def program(
     return subprocess.run([*ARGV, *arguments], capture_output=True, env=environment(url), cwd=cwd, timeout=60, **given)
 
 
-async def until(condition, seconds: float = 5.0) -> float:  # type: ignore[no-untyped-def]
+async def until(condition, seconds: float = 60.0) -> float:  # type: ignore[no-untyped-def]
     """Wait for what another task does; the seconds it took."""
     began = time.monotonic()
     while not condition():

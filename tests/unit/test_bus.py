@@ -21,7 +21,7 @@ def listeners(bus: Bus) -> list[object]:
 
 
 async def take(events: object, count: int) -> list[float]:
-    return [(await asyncio.wait_for(anext(events), 5)).at for _ in range(count)]  # type: ignore[call-overload]
+    return [(await asyncio.wait_for(anext(events), 60)).at for _ in range(count)]  # type: ignore[call-overload]
 
 
 async def test_listeners_hear_what_comes_after_them_in_order() -> None:

@@ -20,7 +20,7 @@ from ramet.cli.group import Verbatim
 from ramet.model import Drive
 from ramet.units import format_size
 from tests.unit.conftest import Run
-from tests.unit.memory import ARGV, Memory, environment, program
+from tests.unit.memory import ARGV, COMPLETING, Memory, environment, program
 
 
 @pytest.fixture
@@ -191,28 +191,34 @@ def test_attach(served: str) -> None:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a program has a handler for a signal (SigCgt of /proc/PID/status)."""
+    (mask,) = re.findall(r"^SigCgt:\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(("sent", "status"), [([signal.SIGINT], 130), ([signal.SIGTERM], 143)])
 def test_interrupting_run_signals_the_command(served: str, verbs: Memory, sent: list[signal.Signals], status: int) -> None:
     running = subprocess.Popen([*ARGV, "run", "m", "sleep"], stdin=subprocess.DEVNULL)
     wait_for(lambda: verbs.live)
-    time.sleep(0.5)
+    wait_for(lambda: catches(running.pid, signal.SIGHUP))  # the last one that it asks for
     for number in sent:
         running.send_signal(number)
-    assert running.wait(20) in (status, 130)
-    assert verbs.signals[-1] == sent[0]
+    assert running.wait(60) in (status, 130)
+    wait_for(lambda: verbs.signals[-1:] == sent)
 
 
 def test_killing_the_client_kills_the_command(served: str, verbs: Memory) -> None:
     running = subprocess.Popen([*ARGV, "run", "m", "sleep"], stdin=subprocess.DEVNULL)
     wait_for(lambda: verbs.live)
     running.kill()
-    running.wait(20)
+    running.wait(60)
     wait_for(lambda: verbs.killed == {1})
 
 
@@ -222,7 +228,7 @@ def test_a_reader_that_leaves(served: str, verbs: Memory) -> None:
     assert running.stdout
     assert running.stdout.read(4) == b"y\ny\n"
     running.stdout.close()
-    assert running.wait(20) == 141
+    assert running.wait(60) == 141
     assert running.stderr
     assert running.stderr.read() == b""
     running.stderr.close()
@@ -346,7 +352,7 @@ def test_help_names_every_command() -> None:
 
 def test_completion_of_names(served: str) -> None:
     env = environment(served, _RAMET_COMPLETE="complete_bash", COMP_WORDS="ramet show ", COMP_CWORD="2")
-    ended = subprocess.run(ARGV, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+    ended = subprocess.run(COMPLETING, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     assert ended.stdout.split() == [b"m", b"bad", b"idle"]
 
 

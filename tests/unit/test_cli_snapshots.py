@@ -21,7 +21,7 @@ from ramet.cli.lineage import draw
 from ramet.errors import HostError, LayerError, NoSpaceError
 from ramet.model import NodeKind, State, TreeNode, Usage
 from tests.unit.conftest import Run
-from tests.unit.memory import ARGV, Memory, environment, program
+from tests.unit.memory import ARGV, COMPLETING, Memory, environment, program
 from tests.unit.test_shell import Terminal
 
 MIB = 1 << 20
@@ -415,7 +415,7 @@ def test_runs_of_data() -> None:
 )
 def test_completion_in_bash(served: str, typed: str, at: int, offered: list[str]) -> None:
     env = environment(served, _RAMET_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(at))
-    ended = subprocess.run(ARGV, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+    ended = subprocess.run(COMPLETING, env=env, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     assert ended.stdout.decode().split() == offered
     assert ended.stderr == b""
 

@@ -293,7 +293,7 @@ async def test_an_endless_upload_that_is_refused_ends(client: Client, verbs: Mem
             yield bytes(65536)
 
     with pytest.raises(GuestNotFoundError, match="no space"):
-        await asyncio.wait_for(client.write_file("m", "/full", endless()), 10)
+        await asyncio.wait_for(client.write_file("m", "/full", endless()), 60)
     assert verbs.advanced == 1
 
 

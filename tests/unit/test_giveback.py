@@ -128,7 +128,8 @@ def test_without_matplotlib_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
     assert "./ramet bench giveback" in caught.value.hint
 
 
-async def test_what_came_back_is_a_share_of_what_was_given_up() -> None:
+async def test_what_came_back_is_a_share_of_what_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(returned, "_NAP", 0.001)
     costs = iter([1000, 900, 550, 500])
     back = await returned.watch(lambda: next(costs, 500), 500, 0.5, 0.8, nothing())
     assert back.share == 1.0

@@ -94,7 +94,7 @@ def test_entropy_is_never_the_same_and_never_shown() -> None:
     ],
 )
 async def test_a_guest_without_its_identity_is_never_handed_out(tmp_path: Path, answer: Callable[[FakeAgent, int], None], why: str) -> None:
-    deadline = 0.5 if "within" in why else DEADLINE
+    deadline = 2.0 if "within" in why else DEADLINE
     async with line(tmp_path) as (path, arriving):
         connecting = asyncio.ensure_future(Guest.connect(path, deadline=deadline, resync=False, identity=WHO))
         agent = await arriving

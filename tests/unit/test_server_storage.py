@@ -81,9 +81,9 @@ async def test_who_leaves_ends_it(url: str, verbs: Memory, verb: str, monkeypatc
     arguments = {"push": ("m@warm", REFERENCE), "pull": (REFERENCE,), "convert": ("alpine:3",), "fsck": ()}[verb]
     async with Client(url, TOKEN) as client:
         task = asyncio.create_task(getattr(client, verb)(*arguments))
-        await asyncio.wait_for(began.wait(), 10)
+        await asyncio.wait_for(began.wait(), 60)
         task.cancel()
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), 60)
         await until(task.done)
 
 

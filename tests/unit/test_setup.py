@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from ramet import packages, setup, tour, userns
+from ramet import packages, setup, steps, tour, userns
 from ramet.errors import HostError, NoSpaceError
 from ramet.kernels import own
 from ramet.packages import Need
@@ -127,7 +128,9 @@ def test_durations(value: float, words: str) -> None:
     assert seconds(value) == words
 
 
-def test_a_step_is_a_line_that_is_not_wrapped_in_a_log() -> None:
+def test_a_step_is_a_line_that_is_not_wrapped_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("_QUICK", "_SLOW"):
+        monkeypatch.setattr(steps, limit, math.inf)
     out = console(width=40)
     with Steps(out).step("Title") as step:
         step.progress("too quick to tell", 0.5)
@@ -139,7 +142,8 @@ def test_a_step_is_a_line_that_is_not_wrapped_in_a_log() -> None:
     assert second == " " * 17 + "second"
 
 
-def test_a_step_on_a_terminal_is_wrapped_beside_its_title() -> None:
+def test_a_step_on_a_terminal_is_wrapped_beside_its_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_QUICK", math.inf)
     out = console(terminal=True, width=40)
     with Steps(out).step("Title") as step:
         step.progress("working", 0.25)

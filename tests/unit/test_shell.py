@@ -18,7 +18,7 @@ import pytest
 from ramet.model import Size
 from tests.unit.memory import ARGV, Memory, beside, environment
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class Terminal:

@@ -58,4 +58,4 @@ async def test_a_server_that_dies_takes_the_queued_with_it(deep: Path) -> None:
 
     await sockets.connect(deep, Client)
     server.close()
-    await asyncio.wait_for(lost, 5)
+    await asyncio.wait_for(lost, 60)
