@@ -65,7 +65,7 @@ class Memory(Lineage):
         self.killed: set[int] = set()
         self.advanced = 0  # how often a stream was asked for its next item
         self.stalled = asyncio.Event()  # while clear, `slow` uploads are not read on
-        self.listeners: set[asyncio.Queue[Event]] = set()
+        self.listeners: dict[asyncio.Queue[Event], asyncio.AbstractEventLoop] = {}
         self.numbers = itertools.count(1)
         self.signals: builtins.list[int] = [9]
 
@@ -320,17 +320,18 @@ class Memory(Lineage):
         self.seen.append(("close_port", guest))
 
     def tell(self, event: Event) -> None:
-        for listener in self.listeners:
-            listener.put_nowait(event)
+        """From any thread."""
+        for listener, loop in list(self.listeners.items()):
+            loop.call_soon_threadsafe(listener.put_nowait, event)
 
     async def events(self, name: str = "") -> AsyncIterator[Event]:
         queue: asyncio.Queue[Event] = asyncio.Queue()
-        self.listeners.add(queue)
+        self.listeners[queue] = asyncio.get_running_loop()
         try:
             while True:
                 yield await queue.get()
         finally:
-            self.listeners.discard(queue)
+            self.listeners.pop(queue, None)
 
 
 _: type[Verbs] = Memory

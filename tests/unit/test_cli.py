@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -17,7 +18,7 @@ from ramet.cli import app, text
 from ramet.cli.base import find_spec
 from ramet.cli.files import split
 from ramet.cli.group import Verbatim
-from ramet.model import Drive
+from ramet.model import Drive, Event, State
 from ramet.units import format_size
 from tests.unit.conftest import Run
 from tests.unit.memory import ARGV, COMPLETING, Memory, environment, program
@@ -212,6 +213,20 @@ def test_interrupting_run_signals_the_command(served: str, verbs: Memory, sent: 
         running.send_signal(number)
     assert running.wait(60) in (status, 130)
     wait_for(lambda: verbs.signals[-1:] == sent)
+
+
+def test_a_machine_that_stands_still_is_told_to_who_works_in_it(served: str, verbs: Memory) -> None:
+    running = subprocess.Popen([*ARGV, "run", "m", "sleep"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stderr
+    wait_for(lambda: verbs.live)
+    verbs.machines["m"] = dataclasses.replace(verbs.machines["m"], state=State.PAUSED, reason="the host's disk is full")
+    assert running.stderr.readline() == b"m stands still: the host's disk is full\n"
+    wait_for(lambda: verbs.listeners)
+    for state, reason in ((State.PAUSED, "the host's disk is full"), (State.RUNNING, ""), (State.RUNNING, "else"), (State.PAUSED, "")):
+        verbs.tell(Event(at=1.0, kind="state", machine="m", state=state, reason=reason))
+    assert [running.stderr.readline() for _ in range(2)] == [b"m goes on\n", b"m stands still: it is paused\n"]
+    running.terminate()
+    assert running.communicate(timeout=60) == (b"", b"")
 
 
 def test_killing_the_client_kills_the_command(served: str, verbs: Memory) -> None:

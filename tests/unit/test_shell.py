@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import select
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ramet.model import Size
+from ramet.model import Size, State
 from tests.unit.memory import ARGV, Memory, beside, environment
 
 PATIENCE = 60.0
@@ -148,4 +149,15 @@ def test_a_command_on_a_terminal(terminal: Callable[..., Terminal]) -> None:
 def test_errors_before_the_terminal_is_touched(terminal: Callable[..., Terminal]) -> None:
     ours = terminal("shell", "nobody")
     assert ours.ended() == 125
+    assert ours.restored()
+
+
+def test_a_machine_that_stands_still_is_told_in_a_shell_too(terminal: Callable[..., Terminal], verbs: Memory) -> None:
+    ours = terminal("shell", "m")
+    ours.type(b"up")
+    ours.expect(b"<up>")
+    verbs.machines["m"] = dataclasses.replace(verbs.machines["m"], state=State.PAUSED, reason="it waits for its memory")
+    ours.expect(b"\r\nm stands still: it waits for its memory\r\n")  # a raw terminal begins no line by itself
+    ours.type(b"exit")
+    assert ours.ended() == 7
     assert ours.restored()

@@ -111,9 +111,12 @@ async def client() -> AsyncIterator[Client]:
 async def machine(name: str) -> AsyncIterator[AsyncMachine]:
     """A machine of the daemon's."""
     from ramet.aio import AsyncMachine
+    from ramet.cli.progress import standing
 
     async with client() as verbs:
-        yield await AsyncMachine.get(name, verbs=verbs)
+        target = await AsyncMachine.get(name, verbs=verbs)
+        async with standing(verbs, target.name):
+            yield target
 
 
 def perform(work: Callable[[], Coroutine[Any, Any, T]], *, json: bool = False, failed: int | None = None) -> T:

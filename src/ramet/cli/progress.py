@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import termios
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ramet.cli import text
 from ramet.errors import RametError
-from ramet.model import Activity
+from ramet.model import Activity, State
 
 if TYPE_CHECKING:
     from ramet.verbs import Verbs
 
 T = TypeVar("T")
+STANDING = 1.0  # seconds of a command after which somebody may wonder
 PATIENCE = 0.3  # seconds before a copy shows a bar: most are over by then
 
 Show = Callable[[str, float | None], None]
@@ -72,7 +74,47 @@ async def _following(verbs: Verbs, name: str, show: Show) -> AsyncIterator[None]
                 if isinstance(event.activity, Activity):
                     show(text.clean(event.activity.step), event.activity.fraction)
 
-    task = asyncio.create_task(follow())
+    async with _beside(follow()):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def standing(verbs: Verbs, name: str) -> AsyncIterator[None]:
+    """Say when the machine that the body works with stands still, and why: else a command in it only seems to hang. What is over soon costs nothing."""
+
+    async def follow() -> None:
+        await asyncio.sleep(STANDING)
+        with contextlib.suppress(RametError):
+            now = await verbs.get(name)
+            told = _stands(name, "", now.state, now.reason)
+            async for event in verbs.events(name):
+                if event.state:
+                    told = _stands(name, told, event.state, event.reason)
+
+    async with _beside(follow()):
+        yield
+
+
+def _stands(name: str, told: str, state: State, reason: str) -> str:
+    """What is said of it, where that is something else than was told before."""
+    now = f"stands still: {text.clean(reason) or 'it is paused'}" if state is State.PAUSED else ""
+    if now != told:
+        _apart(f"{name} {now or 'goes on'}")
+    return now
+
+
+def _apart(line: str) -> None:
+    """A line on stderr, also while our terminal is raw."""
+    raw = False
+    with contextlib.suppress(termios.error):
+        raw = not termios.tcgetattr(sys.stderr)[1] & termios.OPOST
+    text.note(f"\r\n{line}\r" if raw else line)
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Something is done while the body is."""
+    task = asyncio.create_task(work)
     try:
         yield
     finally:
