@@ -1,4 +1,4 @@
-"""Has each running machine give back what it does not use, as its spec says: what `reclaim` decides, said to the guests."""
+"""Has each running machine give back what it does not use, as its spec says, and keep to its limit: what `reclaim` decides, said to the guests."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ramet.errors import RametError
 from ramet.guest import Guest
 from ramet.model import Reclaim
 from ramet.reclaim import Sample
+from ramet.vm import balloon
 from ramet.vm.machine import Vm
 
 DEADLINE = 30.0  # seconds for one word to a guest
@@ -20,12 +21,13 @@ DEADLINE = 30.0  # seconds for one word to a guest
 # one that was saved before it was told; and it costs a fresh fork, which holds 0.6 MiB of its own, 0.4 more and 50 ms (under emulation).
 INHERITED = 60.0
 AGAIN = 60.0  # seconds after which a guest that did not do what it was told is told again
+_SPARE = 8  # of its limit, this part must be left to a guest that is held to it again: it would take it back at once
 
 
 @dataclass(eq=False)
 class _Known:
     """What is known of one QEMU's guest. since: when it was first seen; first: the policy that it had then; tuned: what it was told, or None; alone: its kernel
-    does the rest; due: when it is to be asked next; failed: until when it is left alone, after an error."""
+    does the rest; due: when it is to be asked next; failed: until when it is left alone, after an error; held: when it is next held to its limit."""
 
     since: float
     first: Reclaim
@@ -33,6 +35,7 @@ class _Known:
     alone: bool = False
     due: float = 0.0
     failed: float = 0.0
+    held: float = 0.0
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -58,6 +61,7 @@ class Reclaimer:
             return
         try:
             await self._tell(entry.vm.guest, known, policy, eager)
+            await self._hold(entry.vm, known, entry.record.memory_limit)
         except RametError:
             known.failed = self._clock() + AGAIN
             raise
@@ -69,6 +73,15 @@ class Reclaimer:
             known.samples.clear()
         if policy is not Reclaim.OFF and (eager or (not known.alone and self._clock() >= known.due)):
             await self._steer(guest, known, Reclaim.EAGER if eager else policy, eager)
+
+    async def _hold(self, machine: Vm, known: _Known, limit: int) -> None:
+        """Have a guest that took more than its limit, for it needed that, give it up again when the need is over. limit: bytes, 0 for none."""
+        over, now = (machine.granted or 0) - limit, self._clock()
+        if not limit or over <= 0 or now < known.held:
+            return
+        known.held = now + AGAIN
+        if (await machine.guest.metrics()).get("mem_available", 0.0) >= over + limit // _SPARE:
+            await balloon.resize(machine, limit)
 
     async def _steer(self, guest: Guest, known: _Known, policy: Reclaim, eager: bool) -> None:
         now = self._clock()

@@ -20,6 +20,7 @@ from ramet.errors import GuestError
 from ramet.model import Reclaim, Spec, State
 from ramet.reclaim import LEAST, STEERING, Sample, damon, decide
 from ramet.reclaiming import AGAIN, INHERITED, Reclaimer, sample
+from ramet.vm import balloon
 from ramet.vm.machine import Vm
 
 MIB = 1 << 20
@@ -227,6 +228,7 @@ class ToldGuest:
     def __init__(self, *, damon: bool) -> None:
         self.damon = damon
         self.failing = False
+        self.available = 0.0
         self.told: list[object] = []
 
     async def tune(self, policy: Mapping[str, int], deadline: float) -> bool:
@@ -237,7 +239,7 @@ class ToldGuest:
 
     async def metrics(self) -> dict[str, float]:
         self.told.append("metrics")
-        return {"mem_reclaimable": 900.0 * MIB}
+        return {"mem_reclaimable": 900.0 * MIB, "mem_available": self.available}
 
     async def reclaim(self, size: int, deadline: float) -> int:
         self.told.append("reclaim")
@@ -271,11 +273,12 @@ class Machine:
 
 
 class Standing:
-    """A QEMU. reclaim: the policy that its memory was saved with."""
+    """A QEMU. reclaim: the policy that its memory was saved with; granted: what its balloon leaves the guest."""
 
     def __init__(self, guest: ToldGuest, reclaim: Reclaim | None) -> None:
         self.guest = guest
         self.reclaim = reclaim
+        self.granted = 0
 
 
 GENTLY, EAGERLY = (damon(policy)["min_age"] for policy in ACTIVE)
@@ -326,6 +329,26 @@ async def test_one_that_was_given_another_policy_before_anybody_looked_is_told_a
     machine.entry.record = dataclasses.replace(machine.entry.record, memory_layer="a" * 16)
     machine.restored(Reclaim.OFF)
     assert await machine.ticks(5) == [EAGERLY]
+
+
+async def test_a_guest_is_held_to_its_limit_again_when_it_needs_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(Reclaim.OFF, damon=True)
+    qemu = cast(Standing, machine.entry.vm)
+    asked: list[int] = []
+
+    async def resize(vm: Standing, size: int) -> int:
+        asked.append(size)
+        vm.granted = size
+        return size
+
+    monkeypatch.setattr(balloon, "resize", resize)
+    machine.entry.record = dataclasses.replace(machine.entry.record, memory_limit=100 * MIB)
+    assert await machine.ticks(AGAIN) == ["off"]  # it has what it may have
+    qemu.granted, machine.guest.available = 300 * MIB, 210.0 * MIB
+    assert await machine.ticks(3 * AGAIN) == ["metrics"] * 3  # it would be left with too little
+    machine.guest.available = 220.0 * MIB
+    assert await machine.ticks(3 * AGAIN) == ["metrics"]
+    assert asked == [100 * MIB]
 
 
 @pytest.mark.parametrize("kernel", [True, False])
