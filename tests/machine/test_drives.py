@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from ramet.engine import Engine
 from ramet.errors import MachineFailedError
+from ramet.kernels import KernelKind
 from ramet.model import Command, Drive, InitMode, Snapshot, SnapshotState, State
 from ramet.paths import StateDir
 from ramet.store.disk import allocated
@@ -85,6 +86,23 @@ async def same_instant(box: Box, *, stop: bool = True) -> int:
     assert first - 1 <= second <= first, "root disk and drive are not of the same instant"
     assert second >= 20
     return first
+
+
+async def test_they_are_there_with_debian_s_kernel(fresh: StateDir, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAMET_KERNEL", KernelKind.DEBIAN)
+    async with Engine.open(fresh) as engine:
+        await engine.create(artifacts.spec("driven", drives=DRIVES))
+        box = Box(engine, "driven")
+        assert "cloud" in await box.text("uname -r")
+        await box.sh(f"echo kept > /data/kept; echo kept > /data/log/kept; echo raw > {RAW}; sync")
+        (outcome,) = await engine.fork("driven", names=("child",))
+        assert outcome.machine
+        await engine.hibernate("child")
+        await engine.resume("child")
+        for name in ("driven", "child"):
+            await Box(engine, name).sh("echo 3 > /proc/sys/vm/drop_caches")
+            assert await Box(engine, name).text(f"cat /data/kept /data/log/kept; head -c 4 {RAW}") == "kept\nkept\nraw"
+        await settled(engine)
 
 
 async def test_they_are_there_at_every_boot(driven: Box) -> None:
