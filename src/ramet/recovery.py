@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 from ramet import bringup, disks, images, lifecycle, locks, restoring, rewinding, saving, spacewatch
 from ramet.errors import RametError
@@ -15,7 +14,7 @@ from ramet.model import ImageConfig, Snapshot, State
 from ramet.operations import LOST, Entry, Operations, retrieve
 from ramet.paths import MachineDir
 from ramet.records import load
-from ramet.store.disk import STAGED
+from ramet.store import disk
 from ramet.vm import balloon, capture
 from ramet.vm import machine as vm
 from ramet.vm.machine import Vm
@@ -31,7 +30,8 @@ async def reconcile(ops: Operations) -> None:
     for doomed in [*ops.state.machines.glob(".deleting-*"), *ops.state.snapshots.glob(".new-*"), *ops.state.snapshots.glob(".deleting-*")]:
         log.info("finishing the removal of %s", doomed.name)
         await bringup.clear(MachineDir(root=doomed))  # what was put aside for a rewinding may live
-    await asyncio.to_thread(_remove_unwritten, ops.state.root)
+    for place in (ops.state.root, *ops.state.images.glob("sha256-*"), *ops.state.machines.iterdir()):
+        disk.remove_unwritten(place)  # of layers' directories a collection does, which looks into them anyway
     if not locks.is_held(ops.state.store.lock):
         await ops.layers.stop()  # what a keeper that died has left
     await asyncio.to_thread(restoring.end_traces, ops)
@@ -53,15 +53,6 @@ async def reconcile(ops: Operations) -> None:
             ops.keep(task)
     for task in adopting:
         task.add_done_callback(retrieve)
-
-
-def _remove_unwritten(root: Path) -> None:
-    """Files that `disk.replace` had not given their names when its process was killed. The thread that writes one is in its name."""
-    for place in ("", "images/sha256-*/", "machines/*/", "store/layers/*/"):
-        for path in root.glob(f"{place}{STAGED}*.*"):
-            thread = path.suffix[1:]
-            if thread.isdigit() and not Path("/proc", thread).exists():
-                path.unlink(missing_ok=True)
 
 
 async def _find_snapshots(ops: Operations) -> None:

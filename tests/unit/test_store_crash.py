@@ -262,3 +262,21 @@ def test_a_blob_that_was_not_finished_leaves_nothing(bed: Bed) -> None:
 def test_sealing_what_is_gone(bed: Bed) -> None:
     with pytest.raises(LayerError, match="missing"):
         bed.store.seal(layer.new_id())
+
+
+def test_what_a_killed_process_has_not_named_goes_with_a_collection(bed: Bed) -> None:
+    made = bed.layer(CONTENT)
+    place = bed.store.files.layer(made.id).root
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    ended, ours = (place / f"{disk.STAGED}layer.json.{pid}" for pid in (child, os.getpid()))
+    for path in (ended, ours):
+        path.write_bytes(b"half")
+    bed.store.gc([made.id], dry_run=True)
+    assert ended.exists()
+    bed.store.gc([made.id])
+    assert (ended.exists(), ours.exists()) == (False, True), "somebody writes the other one"
+    ours.unlink()
+    bed.check()

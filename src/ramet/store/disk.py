@@ -66,6 +66,14 @@ def replace(path: Path, data: bytes, *, durable: bool) -> None:
         sync(path.parent)
 
 
+def remove_unwritten(place: Path) -> None:
+    """Of a directory, files that `replace` had not given their names when its process was killed. The thread that writes one is in its name."""
+    for path in place.glob(f"{STAGED}*.*"):
+        thread = path.suffix[1:]
+        if thread.isdigit() and not Path("/proc", thread).exists():
+            path.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """fsync a file or a directory."""
     with guard("write", path):

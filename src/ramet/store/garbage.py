@@ -127,6 +127,8 @@ class _Collection:
 
     def _see(self, name: str) -> None:
         files = self._store.layer(name)
+        if not self._dry_run:
+            disk.remove_unwritten(files.root)
         try:
             record = self._layers[name] = layer.load(files, name)
         except RametError as error:
