@@ -220,11 +220,11 @@ def test_a_machine_that_stands_still_is_told_to_who_works_in_it(served: str, ver
     assert running.stderr
     wait_for(lambda: verbs.live)
     verbs.machines["m"] = dataclasses.replace(verbs.machines["m"], state=State.PAUSED, reason="the host's disk is full")
-    assert running.stderr.readline() == b"m stands still: the host's disk is full\n"
+    assert running.stderr.readline() == b"m: the host's disk is full\n"
     wait_for(lambda: verbs.listeners)
     for state, reason in ((State.PAUSED, "the host's disk is full"), (State.RUNNING, ""), (State.RUNNING, "else"), (State.PAUSED, "")):
         verbs.tell(Event(at=1.0, kind="state", machine="m", state=state, reason=reason))
-    assert [running.stderr.readline() for _ in range(2)] == [b"m goes on\n", b"m stands still: it is paused\n"]
+    assert [running.stderr.readline() for _ in range(2)] == [b"m: it goes on\n", b"m: it is paused\n"]
     running.terminate()
     assert running.communicate(timeout=60) == (b"", b"")
 

@@ -156,8 +156,8 @@ def test_a_machine_that_stands_still_is_told_in_a_shell_too(terminal: Callable[.
     ours = terminal("shell", "m")
     ours.type(b"up")
     ours.expect(b"<up>")
-    verbs.machines["m"] = dataclasses.replace(verbs.machines["m"], state=State.PAUSED, reason="it waits for its memory")
-    ours.expect(b"\r\nm stands still: it waits for its memory\r\n")  # a raw terminal begins no line by itself
+    verbs.machines["m"] = dataclasses.replace(verbs.machines["m"], state=State.PAUSED, reason="waits for its memory")
+    ours.expect(b"\r\nm: waits for its memory\r\n")  # a raw terminal begins no line by itself
     ours.type(b"exit")
     assert ours.ended() == 7
     assert ours.restored()

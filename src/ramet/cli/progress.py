@@ -97,9 +97,9 @@ async def standing(verbs: Verbs, name: str) -> AsyncIterator[None]:
 
 def _stands(name: str, told: str, state: State, reason: str) -> str:
     """What is said of it, where that is something else than was told before."""
-    now = f"stands still: {text.clean(reason) or 'it is paused'}" if state is State.PAUSED else ""
+    now = text.clean(reason) or "it is paused" if state is State.PAUSED else ""
     if now != told:
-        _apart(f"{name} {now or 'goes on'}")
+        _apart(f"{name}: {now or 'it goes on'}")
     return now
 
 
