@@ -338,7 +338,7 @@ async def test_a_rewind_whose_qemu_dies_changes_nothing(engine: Engine, victim: 
     request.getfixturevalue("fragile")
     with pytest.raises(RametError, match="QEMU was killed by SIGKILL") as caught:
         await engine.restore("victim")
-    assert caught.value.hint.startswith("victim is running, as before.")
+    assert caught.value.hint.startswith("victim is running, as before."), (await engine.get("victim")).reason
     after = await victim.get()
     assert (after.state, after.snapshot, after.started_at, after.reason) == (State.RUNNING, before.snapshot, before.started_at, "")
     assert await went_on(victim, count) > count
