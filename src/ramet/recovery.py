@@ -88,7 +88,7 @@ async def recover(ops: Operations, entry: Entry) -> None:
     alive = vm.is_alive(files)
     needs_layers = bool(record.memory_layer or disks.layers_of(files))
     if alive and needs_layers and not locks.is_held(ops.state.store.lock):
-        log.info("%s lost the image file system while no daemon ran", record.name)
+        log.warning("%s lost the image file system while no daemon ran", record.name)
         await ops.end(entry)
         if record.state in (State.RUNNING, State.PAUSED):
             await _settle(ops, entry, {})
@@ -112,7 +112,7 @@ async def recover(ops: Operations, entry: Entry) -> None:
         await ops.end(entry)
         await _settle(ops, entry, {})
         death = vm.postmortem(files)
-        log.info("%s ended while no daemon ran: %s", record.name, death.reason)
+        log.warning("%s ended while no daemon ran: %s", record.name, death.reason)
         await ops.set(entry, state=State.STOPPED if death.clean else State.FAILED, reason=death.reason)
     else:
         if alive:
@@ -164,7 +164,9 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
                 entry.vm = None
             ops.spawn(_adopt_later(ops, entry))
             return
-        await ops.set(entry, state=State.FAILED, reason=f"it could not be found again after a restart of the daemon: {error.message}")
+        reason = f"it could not be found again after a restart of the daemon: {error.message}"
+        log.warning("%s: %s", entry.record.name, reason)
+        await ops.set(entry, state=State.FAILED, reason=reason)
         return
     log.info("%s runs on (QEMU %d)", entry.record.name, machine.pid)
     if entry.record.state in (State.HIBERNATING, State.RESTORING):
