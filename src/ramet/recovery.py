@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Mapping
 
 from ramet import bringup, disks, images, lifecycle, locks, restoring, rewinding, saving, spacewatch
@@ -22,6 +23,8 @@ from ramet.vm.machine import Vm
 log = logging.getLogger("ramet")
 
 _AGAIN = 1.0  # seconds that a machine which waits for its memory is given to answer, and until it is asked again
+_TRIES = 3  # times that a running machine is tried to be taken over
+_AT_ONCE = 5.0  # seconds within which that must fail to be tried again: a line that breaks, not a guest that hangs
 _ADOPTING = 5.0  # seconds that the daemon's start waits for running machines to answer; the rest is found in the background
 
 
@@ -129,9 +132,9 @@ async def _settle(ops: Operations, entry: Entry, active: Mapping[int, int]) -> N
         log.error("the disk of %s: %s", entry.record.name, error.message)
 
 
-async def _adopt(ops: Operations, entry: Entry) -> None:
+async def _adopt(ops: Operations, entry: Entry, *, tries: int = _TRIES) -> None:
     """Take a machine that lives over from a daemon that is gone, and make it what the record says it is: a save may have been cut off."""
-    files = ops.state.machine(entry.record.id)
+    files, began = ops.state.machine(entry.record.id), time.monotonic()
     waits = entry.record.reason.startswith(WAITS)  # then its monitor answers when it has the page that it waits for
     try:
         machine = await Vm.adopt(files, deadline=_AGAIN if waits else vm.SPAWN_DEADLINE)
@@ -163,6 +166,11 @@ async def _adopt(ops: Operations, entry: Entry) -> None:
                 await entry.vm.release()
                 entry.vm = None
             ops.spawn(_adopt_later(ops, entry))
+            return
+        if tries > 1 and time.monotonic() - began < _AT_ONCE and vm.is_alive(files):  # its memory is worth another try
+            log.warning("%s cannot be taken over, and is tried again: %s", entry.record.name, error.message)
+            await ops.let_go(entry)
+            await _adopt(ops, entry, tries=tries - 1)
             return
         reason = f"it could not be found again after a restart of the daemon: {error.message}"
         log.warning("%s: %s", entry.record.name, reason)

@@ -15,10 +15,11 @@ import pytest
 
 from ramet import process, recovery
 from ramet.engine import Engine
-from ramet.errors import BusyError, RametError
+from ramet.errors import BusyError, MachineFailedError, RametError
 from ramet.model import Command, Lifecycle, Port, Spec, State
-from ramet.paths import StateDir
+from ramet.paths import MachineDir, StateDir
 from ramet.records import dump
+from ramet.vm.machine import Vm
 from tests.fixtures import Artifacts, Box, States, opened
 
 DEADLINE = 240.0
@@ -265,3 +266,33 @@ async def test_nothing_is_done_to_a_machine_that_is_not_found_yet(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+async def test_a_machine_whose_lines_break_at_once_is_tried_again(
+    states: States, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The monitor's and then the agent's, each once: its memory is not given up for that."""
+    state = states.new()
+    async with Engine.open(state) as engine:
+        await engine.create(artifacts.spec("torn"))
+        await Box(engine, "torn").sh("echo here > /run/here")
+    adopt, connect, broken = Vm.adopt, Vm.connect_agent, list[str]()
+
+    async def adopting(files: MachineDir, *, deadline: float) -> Vm:
+        if "monitor" not in broken:
+            broken.append("monitor")
+            raise MachineFailedError("QEMU's monitor does not answer: broken")
+        return await adopt(files, deadline=deadline)
+
+    async def connecting(self: Vm, *, deadline: float, resync: bool) -> None:
+        if "agent" not in broken:
+            broken.append("agent")
+            raise MachineFailedError("the guest's agent is gone: broken")
+        await connect(self, deadline=deadline, resync=resync)
+
+    monkeypatch.setattr(Vm, "adopt", adopting)
+    monkeypatch.setattr(Vm, "connect_agent", connecting)
+    async with opened(state) as engine:
+        assert broken == ["monitor", "agent"]
+        assert (await engine.get("torn")).state is State.RUNNING
+        assert await Box(engine, "torn").text("cat /run/here") == "here"
