@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,7 +239,10 @@ def user() -> Iterator[User]:
         os.chown(home, entry.pw_uid, entry.pw_gid)
         yield User(name=name, uid=entry.pw_uid, gid=entry.pw_gid, home=home)
     finally:
-        subprocess.run(["userdel", name], check=True, timeout=DEADLINE)
+        deadline = time.monotonic() + DEADLINE
+        while (ended := subprocess.run(["userdel", name], timeout=DEADLINE)).returncode == 8 and time.monotonic() < deadline:
+            time.sleep(0.1)  # a process of the user's is still ending
+        ended.check_returncode()
         shutil.rmtree(home)
 
 
